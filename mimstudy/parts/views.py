@@ -87,14 +87,15 @@ def cut(
     with torch.autocast(pictures.device.type, enabled=False):
         return (rows[:, None]@(pictures.float().div_(255)@columns[:, None].mT)).clamp_(0, 1)
 
-# %% ../../nbs/parts/60_views.ipynb #a437f77b
+# %% ../../nbs/parts/60_views.ipynb #84536888
 def crop_flip(
     pictures:Tensor,                   # uint8 (B,3,H,W), on any device
     size:int,                          # side of the result in pixels
     scale:Sequence[float]=(.08, 1.),   # share of the area; ConMIM, BEiT; MaskFeat takes (.5, 1.), SemanticMIM Table 2
     ratio:Sequence[float]=(3/4, 4/3),  # width/height
     flip:float=.5,                     # probability of a mirror image
-    generator:Generator=None,          # on the CPU
+    *,
+    generator:Generator,               # on the CPU
 )->Tensor:                             # (B,3,size,size) in [0,1]
     "A random resized crop of each picture, mirrored with probability `flip`."
     (n, _, H, W), device = pictures.shape, pictures.device
