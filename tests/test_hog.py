@@ -94,7 +94,7 @@ def test_slow_twin(side, cell, bins, window):
 
 
 def test_a_quarter_turn_turns_the_bins(noise):
-    "With an even number of bins a quarter turn moves each bin by half of them (not at the mirrored border, where gradients lie on a bin's edge)."
+    "With 8 bins a quarter turn moves each by 4 (not at the mirrored border, where gradients lie on a bin's edge)."
     straight, turned = hog(noise, bins=8, window=False), hog(noise.rot90(1, (2, 3)), bins=8, window=False)
     near(turned[..., 1:-1, 1:-1], straight.rot90(1, (3, 4)).roll(4, 2)[..., 1:-1, 1:-1], 1e-4)
 
@@ -124,7 +124,8 @@ def test_the_target_takes_no_gradient_and_knows_its_size():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(StudyError, match='cells of 7 px do not tile a picture of 64 x 64'): votes(*polar(*gradients(torch.randn(1, 3, 64, 64))), 7)
+    found = polar(*gradients(torch.randn(1, 3, 64, 64)))
+    with pytest.raises(StudyError, match='cells of 7 px do not tile a picture of 64 x 64'): votes(*found, 7)
     with pytest.raises(StudyError, match='do not tile a patch of 16'): HOG(16, cell=5)
 
 

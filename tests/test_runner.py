@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from mimstudy.core.errors import StudyError
-from mimstudy.study import runner
+from mimstudy.study import processes, runner
 from mimstudy.study.results import Results
 from mimstudy.study.tables import TABLES, experiment
 
@@ -72,20 +72,20 @@ def test_parameters_survive_and_the_kernel_is_ours(tmp_path, monkeypatch):
     monkeypatch.setenv('JUPYTER_PATH', str(tmp_path/'user'))
     value = 'a=b {braces} "quotes" \'and\' τ=0.1 # yes'
     page, heard = notebook(tmp_path, 'text, number = "", 0', 'import sys', 'print(repr(text), number + 1, sys.executable)'), []
-    env = runner.environment(tmp_path/'kernel')
-    assert runner.execute(page, dict(text=value, number=41), tmp_path/'out {x}', env, heard.append) is None
+    env = processes.environment(tmp_path/'kernel')
+    assert processes.execute(page, dict(text=value, number=41), tmp_path/'out {x}', env, heard.append) is None
     assert heard == [f'{value!r} 42 {sys.executable}'] and (tmp_path/'out {x}'/'page.ipynb').is_file()
     assert (tmp_path/'out {x}'/'page.log').read_text().strip() == heard[0]
 
 
 def test_a_dead_kernel_is_one_line(tmp_path):
     page = notebook(tmp_path, 'x = 0', 'import os; os._exit(9)')
-    why = runner.execute(page, {}, tmp_path/'out', runner.environment(tmp_path/'kernel'), lambda line: None)
+    why = processes.execute(page, {}, tmp_path/'out', processes.environment(tmp_path/'kernel'), lambda line: None)
     assert why.startswith('its kernel died') and '\n' not in why
 
 
 def test_a_wrong_type_fails_with_one_line(tmp_path):
-    why = runner.execute(runner.run_notebook('row'), ASKED | dict(seed='zero'), tmp_path/'out', runner.environment(tmp_path/'kernel'), lambda line: None)
+    why = processes.execute(processes.run_notebook('row'), ASKED | dict(seed='zero'), tmp_path/'out', processes.environment(tmp_path/'kernel'), lambda line: None)
     assert why == 'the parameter "seed" must be a whole number, not \'zero\''
 
 
@@ -124,7 +124,7 @@ def test_what_is_done_is_not_done_again(finished):
     results, steps, _ = finished
     again = runner.plan('semanticmim-t1', ['pixels', 'beit+semanticmim'], 'smoke', results=results)
     before = {f: f.stat().st_mtime_ns for f in results.root.rglob('*') if f.is_file()}
-    with patch.object(runner.Crew, 'follow', side_effect=AssertionError('a row was started')):
+    with patch.object(processes.Crew, 'follow', side_effect=AssertionError('a row was started')):
         assert runner.run(again, results) == [] and runner.run(steps, results) == []   # `steps` are as planned before the first run
     assert {f: f.stat().st_mtime_ns for f in results.root.rglob('*') if f.is_file() and f.name != 'row.lock'} == {f: t for f, t in before.items() if f.name != 'row.lock'}
 
@@ -186,4 +186,4 @@ def test_two_runs_share_one_folder(tmp_path):
 
 
 def test_notebooks_that_are_not_there(tmp_path):
-    with pytest.raises(StudyError, match='pip install -e'): runner.run_notebook('row', Path(tmp_path))
+    with pytest.raises(StudyError, match='pip install -e'): processes.run_notebook('row', Path(tmp_path))

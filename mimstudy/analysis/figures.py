@@ -56,7 +56,7 @@ def attention_figure(
     return show_maps(pictures.repeat_interleave(len(queries), 0), torch.cat([bare, torch.stack(heat)]), queries*n,
                      rows=['picture', *(label.replace(' + ', '\n+ ') for label in encoders)])
 
-# %% ../../nbs/analysis/figures.ipynb #e249f035
+# %% ../../nbs/analysis/figures.ipynb #f4e03b79
 def attention_measures(
     encoders:Mapping[str, VisionTransformer],  # label -> encoder in evaluation mode
     world:Scenes,                              # pictures with exact label maps
@@ -70,7 +70,8 @@ def attention_measures(
         own, region = own_shares(label_shares(world.maps.to(weights.device), grid, len(REGIONS)), asks)
         score, ground = consistency(query_maps(weights, asks, P, grid), own, asks, equal_distance=True), region < len(BACKGROUNDS)
         lines[label] = {
-            'distance, px': attention_distance(weights, grid, e.patch_embed.patch_size[0], P).mean(), 'mutual information': nmi(weights, P).mean(),
+            'distance, px': attention_distance(weights, grid, e.patch_embed.patch_size[0], P).mean(),
+            'mutual information': nmi(weights, P).mean(),
             'overlap of proxies': overlap(prefix_maps(weights, P, grid).mean(0)) if P > 1 else torch.tensor(torch.nan),
             'consistency, objects': score[~ground].nanmean(), 'consistency, ground': score[ground].nanmean()}
     return pd.DataFrame({label: {name: value.item() for name, value in line.items()} for label, line in lines.items()}).T

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['mix', 'Orders']
 
-# %% ../../nbs/engine/34_order.ipynb #68c9e68d
+# %% ../../nbs/engine/34_order.ipynb #10a15632
 import hashlib
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from ..core.errors import StudyError
 

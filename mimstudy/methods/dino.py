@@ -16,21 +16,10 @@ from ..parts.encoder import Encoder
 from ..parts.followers import Followers
 from ..parts.mlp import DINOHead
 
-# %% ../../nbs/methods/dino.ipynb #f0544980
+# %% ../../nbs/methods/dino.ipynb #4c6e7bb3
 class DINO(Task):
-    "Say of any crop what a slow copy says of the large ones (DINO)."
-    def __init__(self,
-        encoder:Encoder,
-        out:int=65536,                        # K
-        tau:float=.1,                         # τ_s
-        taus:tuple[float, float]=(.04, .07),  # τ_t at the start and after its warm-up
-        warmup:float=.1,                      # share of the training that τ_t warms up
-        frozen:float=1/300,                   # share of the training during which the last layer stands still
-        momentum:float=.996,                  # α at the start, rising to 1 on a cosine
-        centre_momentum:float=.9,             # m of the centre
-        hidden:int=2048,                      # width of the head's inner layers
-        bottleneck:int=256,                   # width of the space in which the K directions lie
-    ):
+    "Say of any crop what a slow copy says of the large ones; options as in `dino`."
+    def __init__(self, encoder, out, tau, taus, warmup, frozen, momentum, centre_momentum, hidden, bottleneck):
         super().__init__()
         self.encoder, self.head, self.centre = encoder, DINOHead(encoder.width, out, hidden, bottleneck), Centre(out, centre_momentum)
         self.slow = Followers(self, ['encoder', 'head'], momentum, mode='eval')

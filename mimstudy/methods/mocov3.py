@@ -38,7 +38,7 @@ def contrast(
     with torch.autocast(q.device.type, enabled=False): logits = F.normalize(q.float(), dim=1)@keys.T/tau
     return F.cross_entropy(logits, begin + torch.arange(len(q), device=q.device))*(2*tau)
 
-# %% ../../nbs/methods/mocov3.ipynb #895eda8c
+# %% ../../nbs/methods/mocov3.ipynb #eb6365a5
 @torch.no_grad()
 def begin(
     encoder:Encoder,
@@ -51,20 +51,13 @@ def begin(
     nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.view(encoder.width, -1))
     nn.init.normal_(encoder.cls_token, std=1e-6)
     encoder.patch_embed.requires_grad_(not freeze_patch_embed)
-    if fixed_positions: encoder.pos_embed = nn.Parameter(sincos_positions(encoder.width, encoder.grid, encoder.P, first='row'), requires_grad=False)
+    if fixed_positions and encoder.pos_embed is not None:   # an encoder with relative positions keeps those
+        encoder.pos_embed = nn.Parameter(sincos_positions(encoder.width, encoder.grid, encoder.P, first='row'), requires_grad=False)
 
-# %% ../../nbs/methods/mocov3.ipynb #876a311d
+# %% ../../nbs/methods/mocov3.ipynb #8777182b
 class MoCoV3(Task):
-    "Find the other crop of the same picture among all pictures of the batch (MoCo v3)."
-    def __init__(self,
-        encoder:Encoder,
-        tau:float=.2,                   # temperature τ
-        momentum:float=.99,             # α at the start, rising to 1 on a cosine
-        hidden:int=4096,                # width of the inner layers of projector and predictor
-        out:int=256,                    # width of queries and keys
-        freeze_patch_embed:bool=True,   # see `begin`
-        fixed_positions:bool=True,      # see `begin`
-    ):
+    "Find the other crop of the same picture among all pictures of the batch; options as in `mocov3`."
+    def __init__(self, encoder, tau, momentum, hidden, out, freeze_patch_embed, fixed_positions):
         super().__init__()
         begin(encoder, freeze_patch_embed, fixed_positions)
         self.encoder, self.tau = encoder, tau

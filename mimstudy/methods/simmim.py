@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['simmim']
 
-# %% ../../nbs/methods/simmim.ipynb #d6a19fdb
-from torch import nn
+# %% ../../nbs/methods/simmim.ipynb #c2880e36
 from ..parts.encoder import Encoder
 from ..parts.heads import linear_head
 from ..parts.losses import masked_l1

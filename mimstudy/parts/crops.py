@@ -15,15 +15,16 @@ from ..core.errors import StudyError
 from .encoder import Encoder
 from .positions import resize_positions
 
-# %% ../../nbs/parts/16_crops.ipynb #c667ceaf
+# %% ../../nbs/parts/16_crops.ipynb #c91d64bb
 def crop_tokens(
     encoder:Encoder,
     x:Tensor,     # (B,3,h,w) normalised crops, of any size that the patch divides
 )->Tensor:        # (B,P+n,D)
-    "Prefix and patch tokens of crops of any size; one that the patch does not divide is a `StudyError`."
+    "Prefix and patch tokens of crops of any size; one that cannot be encoded is a `StudyError`."
     (h, w), patch = x.shape[-2:], encoder.patch
     if h % patch or w % patch: raise StudyError(f'crops of {h} x {w} px cannot be cut into patches of {patch} px')
     if (h//patch, w//patch) == encoder.grid: return torch.cat([encoder.prefix(len(x)), encoder.tokens(x)], 1)
+    if encoder.pos_embed is None: raise StudyError(f'without absolute positions an encoder takes crops of its own size only, not {h} x {w} px')
     places = resize_positions(encoder.pos_embed, encoder.grid, (h//patch, w//patch), encoder.P)[:, encoder.P:]
     return torch.cat([encoder.prefix(len(x)), encoder.patch_embed.proj(x).flatten(2).transpose(1, 2) + places], 1)
 

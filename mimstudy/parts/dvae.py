@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['factors', 'ladder', 'temperature', 'soft_choice', 'DVAE']
 
-# %% ../../nbs/parts/73_dvae.ipynb #9d97c294
+# %% ../../nbs/parts/73_dvae.ipynb #be1a95a0
 import math
 
 import torch
 from torch import Generator, Tensor, nn
 from ..core.task import Batch, Task
-from .views import denormalise
+from .views import denormalise, normalise
 
 # %% ../../nbs/parts/73_dvae.ipynb #6bf120c4
 def factors(
@@ -22,7 +22,13 @@ def factors(
     while n > 1: n, f, found = (n//f, f, found + [f]) if n % f == 0 else (n, f + 1, found)
     return found
 
-# %% ../../nbs/parts/73_dvae.ipynb #87b665a3
+# %% ../../nbs/parts/73_dvae.ipynb #3c2d8d8e
+def _lively(part):
+    "The same part with He's weights and no bias in its convolutions."
+    for m in part.modules():
+        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, nonlinearity='relu'), nn.init.zeros_(m.bias)
+    return part
+
 class _Residual(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -42,7 +48,7 @@ def ladder(
         down += [nn.Conv2d(a, b, f + 2, f, 1), nn.ReLU()]
         up = [nn.ReLU(), nn.ConvTranspose2d(b, a, f + 2, f, 1)] + up
     rest = [_Residual(width), _Residual(width)]
-    return nn.Sequential(*down[:-1], *rest, nn.ReLU()), nn.Sequential(_Residual(width), _Residual(width), *up)
+    return _lively(nn.Sequential(*down[:-1], *rest, nn.ReLU())), nn.Sequential(_Residual(width), _Residual(width), *up)
 
 # %% ../../nbs/parts/73_dvae.ipynb #251fb20d
 def temperature(
@@ -62,7 +68,7 @@ def soft_choice(
     waiting = torch.empty_like(logits).exponential_(generator=generator)   # minus its logarithm is a Gumbel number
     return ((logits - waiting.log())/t).softmax(1)
 
-# %% ../../nbs/parts/73_dvae.ipynb #07995b02
+# %% ../../nbs/parts/73_dvae.ipynb #203d84bb
 class DVAE(Task):
     "A small discrete autoencoder: a task while it is trained, a tokenizer afterwards."
     def __init__(self,
@@ -75,13 +81,13 @@ class DVAE(Task):
         super().__init__()
         self.vocabulary, self.stride, self.kl, self.seed = vocabulary, patch, kl, seed
         self.down, self.up = ladder(patch, width)
-        self.logit, self.words = nn.Conv2d(width, vocabulary, 1), nn.Parameter(torch.randn(vocabulary, width))
+        self.logit, self.words = _lively(nn.Conv2d(width, vocabulary, 1)), nn.Parameter(torch.randn(vocabulary, width))
 
     def logits(self,
         x:Tensor,   # (B,3,S,S) pictures in [0,1]
     )->Tensor:      # (B,K,S/stride,S/stride) float32
         "What the encoder says about each code."
-        return self.logit(self.down(x - .5)).float()
+        return self.logit(self.down(normalise(x))).float()
 
     def forward(self, batch:Batch, progress:float)->dict[str, Tensor]:
         "How badly `views[0]` is redrawn from a soft choice of words, and how far the choice is from uniform."

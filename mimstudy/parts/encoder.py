@@ -27,7 +27,7 @@ INITS = {  # name -> (linear weights and tokens, weights of the MLP, divide proj
     'maskfeat': (_trunc_normal, _trunc_normal, False),           # SemanticMIM's MaskFeat
 }
 
-# %% ../../nbs/parts/10_encoder.ipynb #4a1a0076
+# %% ../../nbs/parts/10_encoder.ipynb #edd4c8e0
 @torch.no_grad()
 def init_blocks(
     blocks:nn.Module,      # transformer blocks in order, with `.attn.proj` and `.mlp.fc1`, `.mlp.fc2`
@@ -39,11 +39,11 @@ def init_blocks(
         for name, layer in block.named_modules():
             if not isinstance(layer, nn.Linear): continue
             (mlp if name.startswith('mlp.') else linear)(layer.weight)
-            if layer.bias is not None: nn.init.normal_(layer.bias, std=1e-6) if mlp is nn.init.xavier_uniform_ and name.startswith('mlp.') else nn.init.zeros_(layer.bias)
+            if layer.bias is not None: nn.init.normal_(layer.bias, std=1e-6 if scheme == 'beit' and name.startswith('mlp.') else 0.)
         if rescale:
             block.attn.proj.weight.div_(math.sqrt(2*l)); block.mlp.fc2.weight.div_(math.sqrt(2*l))
 
-# %% ../../nbs/parts/10_encoder.ipynb #f80aaa78
+# %% ../../nbs/parts/10_encoder.ipynb #95bc33ad
 @torch.no_grad()
 def init_encoder(
     encoder:VisionTransformer,  # any timm ViT
@@ -54,7 +54,8 @@ def init_encoder(
     init_blocks(encoder.blocks, scheme)
     weight, bias = encoder.patch_embed.proj.weight, encoder.patch_embed.proj.bias
     linear(weight)
-    if scheme == 'maskfeat': nn.init.uniform_(bias, -weight[0].numel()**-.5, weight[0].numel()**-.5)   # that release keeps the convolution's own bias
+    bound = weight[0].numel()**-.5
+    if scheme == 'maskfeat': nn.init.uniform_(bias, -bound, bound)   # that release keeps the convolution's own bias
     else: nn.init.zeros_(bias)
     for name in ('cls_token', 'reg_token', 'pos_embed'):
         if getattr(encoder, name, None) is not None: linear(getattr(encoder, name))

@@ -46,7 +46,7 @@ def masked_ce(
     each = F.cross_entropy(pred.float().flatten(0, 1), gather(target, mask.predict).flatten(), reduction='none')
     return mean_asked(each.reshape(pred.shape[:2]), mask)
 
-# %% ../../nbs/parts/40_losses.ipynb #16a6e74d
+# %% ../../nbs/parts/40_losses.ipynb #78d96ae3
 def patch_contrast(
     pred:Tensor,     # (B,M,D) features of predicted patches, f(x̂)
     keys:Tensor,     # (B,N,D) features of all patches of the full picture, f(x)
@@ -54,8 +54,9 @@ def patch_contrast(
     tau:float=.1,    # temperature τ (ConMIM Table 8)
 )->Tensor:
     "Look each predicted patch up among all patches of its own picture (ConMIM eq. 3)."
-    pred, keys = F.normalize(pred.float(), dim=-1), F.normalize(keys.detach().float(), dim=-1)
-    return masked_logits_ce(pred @ keys.transpose(1, 2)/tau, mask)
+    with torch.autocast(pred.device.type, enabled=False):   # similarities in float32, whatever surrounds them
+        pred, keys = F.normalize(pred.float(), dim=-1), F.normalize(keys.detach().float(), dim=-1)
+        return masked_logits_ce(pred @ keys.transpose(1, 2)/tau, mask)
 
 def masked_logits_ce(
     logits:Tensor,   # (B,M,N) similarity of each predicted patch with each key

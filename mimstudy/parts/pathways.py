@@ -41,14 +41,15 @@ class Substitute(nn.Module):
 
     def select(self, hidden, mask): return gather(hidden[:, self.encoder.P:], mask.predict)
 
-# %% ../../nbs/parts/20_pathways.ipynb #3d4e5096
+# %% ../../nbs/parts/20_pathways.ipynb #a9789b14
 def same_counts(
     mask:Mask,     # any mask
     pathway:str,   # who asks, for the message
 )->None:
     "Refuse ragged masks where a pathway needs sequences of one length; a `StudyError` names the pathway."
     if mask.visible is None or mask.weight is not None:
-        raise StudyError(f'{pathway} needs masks that hide equally many patches in every picture; block-wise masks do not: use random ones, or the Substitute pathway')
+        raise StudyError(f'{pathway} needs masks that hide equally many patches in every picture, which block-wise ones do not: '
+                         'use random masks, or the Substitute pathway')
 
 # %% ../../nbs/parts/20_pathways.ipynb #d868241e
 class Joint(nn.Module):

@@ -40,7 +40,7 @@ def bench_recipe(
                   depth=len(model.blocks), heads=model.blocks[0].attn.num_heads, prefix=8 if proxies else 1, batch=batch, ratio=ratio,
                   unit=2 if contrast else 1, views='weak,strong' if contrast else 'weak', tokenizer='kmeans', codes=8192)
 
-# %% ../../nbs/study/60_bench.ipynb #f06ac888
+# %% ../../nbs/study/60_bench.ipynb #bc4e6baf
 def step_of(
     loss:Callable,        # () -> scalar
     optimiser,            # steps after backward
@@ -64,7 +64,9 @@ def bare_step(recipe:Recipe, device:torch.device, precision:str)->Callable:
 
 def method_step(recipe:Recipe, device:torch.device, precision:str)->tuple[Callable, Callable]:
     "One step of a method on one fixed batch, and the function that makes such a batch."
-    pictures = MemorySet(torch.randint(0, 256, (max(64, recipe.batch), 3, recipe.size, recipe.size), dtype=torch.uint8), torch.zeros(max(64, recipe.batch), dtype=torch.long), ['any'])
+    n = max(64, recipe.batch)
+    noise = torch.randint(0, 256, (n, 3, recipe.size, recipe.size), dtype=torch.uint8)
+    pictures = MemorySet(noise, torch.zeros(n, dtype=torch.long), ['any'])
     small = recipe.but(codes=64)   # fitting 8,192 codes on noise would take longer than the benchmark
     task = build_task(small, pictures).to(device)
     widen_head(task, recipe.codes)

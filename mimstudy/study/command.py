@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANY', 'app', 'Scale', 'Data', 'Seeds', 'Rows', 'Folder', 'LISTS', 'Commands', 'spread', 'Spreading', 'listing',
-           'list_names', 'near', 'summary', 'finished', 'run', 'show_status', 'report', 'show_bench']
+           'list_names', 'near', 'summary', 'remake', 'finished', 'run', 'show_status', 'report', 'show_bench']
 
 # %% ../../nbs/study/50_command.ipynb #e4718e30
 import os
@@ -67,14 +67,15 @@ Seeds = Annotated[list[int], typer.Option(help='one or more seeds: --seeds 0 1 2
 Rows = Annotated[list[str], typer.Option(help='some rows of the table: --rows beit maskfeat', show_default='all')]
 Folder = Annotated[Path|None, typer.Option('--results', help='where records and runs go', show_default='settings.ini [study] results')]
 
-# %% ../../nbs/study/50_command.ipynb #b9b1dd52
+# %% ../../nbs/study/50_command.ipynb #5458614e
 def listing(
     what:str,    # one of `LISTS`
 )->list[str]:
     "The lines of `mimstudy list`: a name and what it is."
     from mimstudy.study.tables import TABLES
     if what == 'tables': return [f'{t.name:24} {t.title} ({t.source}), {len(t.rows)} rows' for t in TABLES.values()]
-    if what == 'rows': return [line for t in TABLES.values() for line in (t.name, *(f'  {f"{t.name}/{r.name}":38} {r.label}' for r in t.rows))]
+    def rows(t): return [t.name, *(f'  {f"{t.name}/{r.name}":38} {r.label}' for r in t.rows)]
+    if what == 'rows': return [line for t in TABLES.values() for line in rows(t)]
     if what == 'methods':
         from mimstudy.methods.catalogue import METHODS
         return [f'{name:24} {method.__doc__}' for name, method in METHODS.items()]
@@ -108,21 +109,31 @@ def summary(
     found = [s.status for s in steps]
     return ', '.join(f'{found.count(kind)} {kind}' for kind in ('done', 'resumable', 'missing') if kind in found)
 
-# %% ../../nbs/study/50_command.ipynb #dd3fd0a9
+# %% ../../nbs/study/50_command.ipynb #ba119758
+def remake(
+    results,         # the store
+)->list[Path]:       # the files that were written
+    "Write the pages of all tables, and the figures of which encoders are here; beside another store's tables, not in the checkout."
+    from mimstudy.core.settings import settings
+    from mimstudy.study.pipeline import write_figures
+    from mimstudy.study.render import write_tables
+    figures = settings().figures if results.root.resolve() == settings().results else results.root/'figures'
+    return write_tables(results) + write_figures(results, figures)
+
 def finished(
     experiment,      # any experiment of the table that was run
     results,         # the store
 )->str:              # the table, and where things lie
     "Render the table of an experiment, write all pages, and say where they are."
-    from mimstudy.study.render import render, write_tables
+    from mimstudy.study.render import render
     from mimstudy.study.tables import TABLES
-    pages = write_tables(results)
-    page = next((p for p in pages if p.stem == f'{experiment.table}-{experiment.scale}-{experiment.data}'), None)
-    places = dict(table=page, records=results.root/'scores', notebooks=results.root/'runs')
-    return '\n'.join([render(TABLES[experiment.table], results, experiment.scale, experiment.data), '',
-                      *(f'{what:10} {near(place)}' for what, place in places.items() if place)])
+    e, made = experiment, remake(results)
+    ours = {f'{e.table}-{e.scale}-{e.data}.md': 'table', f'semanticmim-fig7-{e.scale}-{e.data}.png': 'figure'}
+    places = [(ours[file.name], file) for file in made if file.name in ours]
+    places += [('records', results.root/'scores'), ('notebooks', results.root/'runs')]
+    return '\n'.join([render(TABLES[e.table], results, e.scale, e.data), '', *(f'{what:10} {near(place)}' for what, place in places)])
 
-# %% ../../nbs/study/50_command.ipynb #8c5c6fd6
+# %% ../../nbs/study/50_command.ipynb #70eabd49
 @app.command(cls=Spreading)
 def run(
     table:Annotated[str, typer.Argument(help='a table: mimstudy list tables')],
@@ -139,12 +150,14 @@ def run(
     if dry_run:
         for s in steps: typer.echo(f'{s.status:10} {s.experiment.name} seed {s.experiment.seed}')
         return
-    if current_thread() is main_thread(): signal.signal(signal.SIGTERM, signal.default_int_handler)   # a batch system's first word acts as Ctrl-C does
+    if current_thread() is main_thread(): signal.signal(signal.SIGTERM, signal.default_int_handler)   # a batch system's word acts as Ctrl-C
     failures = runner.run(steps, store, jobs)
     typer.echo(finished(steps[0].experiment, store))
-    if failures: typer.echo(f'{len(failures)} of {len(steps)} rows failed; the same command tries them again', err=True); raise typer.Exit(1)
+    if not failures: return
+    typer.echo(f'{len(failures)} of {len(steps)} rows failed; the same command tries them again', err=True)
+    raise typer.Exit(1)
 
-# %% ../../nbs/study/50_command.ipynb #0d95abcd
+# %% ../../nbs/study/50_command.ipynb #bdc97584
 @app.command('status', cls=Spreading)
 def show_status(
     table:Annotated[str, typer.Argument(help='a table; all by default')]='',
@@ -158,21 +171,22 @@ def show_status(
     for name in [table] if table else TABLES:
         steps = runner.plan(name, (), scale, data, seeds, store)
         typer.echo(f'{name} at {scale} scale on {steps[0].experiment.data}: {summary(steps)}')
-        for s in steps: typer.echo(f'  {runner.title(s.experiment):32} {s.status}{": " + runner.far(s.experiment, store) if s.status == "resumable" else ""}')
+        for e, status in steps:
+            typer.echo(f'  {runner.title(e):32} {status}{": " + runner.far(e, store) if status == "resumable" else ""}')
 
-# %% ../../nbs/study/50_command.ipynb #3ef45d52
+# %% ../../nbs/study/50_command.ipynb #e7aee9b8
 @app.command()
 def report(
     results:Folder=None,
 ):
     "Make tables, figures and the README's results again from the records."
     from mimstudy.core.settings import settings
-    from mimstudy.study.render import write_readme, write_tables
+    from mimstudy.study.processes import CHECKOUT
+    from mimstudy.study.render import write_readme
     from mimstudy.study.results import Results
-    from mimstudy.study.runner import CHECKOUT
     store = Results(results)
-    made = write_tables(store)
-    if store.root.resolve() == settings().results and (CHECKOUT/'README.md').is_file(): made += [write_readme(store, CHECKOUT/'README.md')]
+    made, readme = remake(store), CHECKOUT/'README.md'
+    if store.root.resolve() == settings().results and readme.is_file(): made += [write_readme(store, readme)]
     for file in made: typer.echo(near(file))
     if not made: typer.echo(f'there are no records below {near(store.root)}; make some with mimstudy run')
 
