@@ -841,6 +841,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'mimstudy.study.runner.Step': ('study/runner.html#step', 'mimstudy/study/runner.py'),
                                        'mimstudy.study.runner._work': ('study/runner.html#_work', 'mimstudy/study/runner.py'),
                                        'mimstudy.study.runner.carry_out': ('study/runner.html#carry_out', 'mimstudy/study/runner.py'),
+                                       'mimstudy.study.runner.check_data': ('study/runner.html#check_data', 'mimstudy/study/runner.py'),
                                        'mimstudy.study.runner.check_parameters': ( 'study/runner.html#check_parameters',
                                                                                    'mimstudy/study/runner.py'),
                                        'mimstudy.study.runner.far': ('study/runner.html#far', 'mimstudy/study/runner.py'),

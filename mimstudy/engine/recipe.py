@@ -73,10 +73,11 @@ SOURCES = dict.fromkeys(('epochs', 'batch', 'lr', 'min_lr', 'warmup', 'betas', '
 SOURCES |= dict(width='ViT-B/16', depth='ViT-B/16', heads='ViT-B/16', patch='ViT-B/16', data='both papers', size='both papers',
                 ratio='SemanticMIM §4.1', no_decay='SemanticMIM release, BEiT', tokenizer='BEiT', codes='BEiT')
 
-# %% ../../nbs/engine/00_recipe.ipynb #ae2b6e5e
+# %% ../../nbs/engine/00_recipe.ipynb #75234bab
 def _check(r):
     "Raise a `StudyError` that names the first value which cannot be right."
-    choose(r.mask, MASKS, 'mask kind'), choose(r.init, INITS, 'initialisation'), choose(r.positions, POSITIONS, 'kind of positions'), choose(r.views, VIEWS, 'views')
+    choose(r.mask, MASKS, 'mask kind'), choose(r.init, INITS, 'initialisation')
+    choose(r.positions, POSITIONS, 'kind of positions'), choose(r.views, VIEWS, 'views')
     grid = r.size//r.patch if r.patch > 0 else 0
     rules = [
         (0 < r.ratio < 1, f'ratio must lie strictly between 0 and 1, not {r.ratio}'),

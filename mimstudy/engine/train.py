@@ -119,7 +119,7 @@ def slices_of_a_step(
         run.waited += time.perf_counter() - began
         yield pictures.to(run.accelerator.device, non_blocking=True), labels.to(run.accelerator.device, non_blocking=True)
 
-# %% ../../nbs/engine/40_train.ipynb #b13b41f3
+# %% ../../nbs/engine/40_train.ipynb #0bd65b57
 def row_length(
     steps:int,  # of the whole training
 )->int:
@@ -134,7 +134,8 @@ def write_row(run:Run)->dict:
         if what == 'gradient' and run.accelerator.scaler is not None: continue   # an overflow that the scaler has skipped
         bad = next((i for i, v in enumerate(values[:, column].tolist()) if not isfinite(v)), None)
         if bad is not None: raise StudyError(f'{run.recipe.name}: the {what} of step {first + bad} of {run.steps} is not finite; the last checkpoint '
-                                             'is kept, and the same training would fail again: lower its learning rate, or train in bf16 or without mixed precision')
+                                             'is kept, and the same training would fail again: lower its learning rate, or train in bf16 or '
+                                             'without mixed precision')
     row = dict(step=run.step, epoch=run.step/run.orders.per_epoch, **dict(zip(run.names, values.mean(0).tolist())), grad_norm=values[:, -1].mean().item(),
                lr=learning_rate(run.recipe, run.step - 1, run.orders.per_epoch),
                images_per_second=len(values)*run.recipe.batch/(now - run.marked), wait=run.waited/(now - run.marked))
@@ -189,11 +190,12 @@ class Trained:
     broken: int                 # files that could not be decoded
     resumed_from: int|None      # the step at which this session went on; None if it was the first
 
-# %% ../../nbs/engine/40_train.ipynb #a4eb2d2d
+# %% ../../nbs/engine/40_train.ipynb #a2061ada
 def _close(run, pictures, out):
     "Free the task of its wrappers, write what a finished training leaves, and sum it up."
     seconds, device = run.seconds + time.perf_counter() - run.began, run.accelerator.device
-    summary = dict(steps=run.steps, seconds=seconds, images_per_second=run.steps*run.recipe.batch/seconds, peak_memory=peak_memory(device), broken=pictures.broken)
+    summary = dict(steps=run.steps, seconds=seconds, images_per_second=run.steps*run.recipe.batch/seconds, peak_memory=peak_memory(device),
+                   broken=pictures.broken)
     if out and run.accelerator.is_main_process: save_finished(out, run.task, identity(run.recipe, run.seed, len(pictures)) | summary)
     run.journal.close()
     run.accelerator.wait_for_everyone()

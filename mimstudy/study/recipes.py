@@ -20,7 +20,7 @@ def stands(
     "Say of several values at once where they were read."
     return dict.fromkeys(names, source)
 
-# %% ../../nbs/study/00_recipes.ipynb #d0114316
+# %% ../../nbs/study/00_recipes.ipynb #98d1eb48
 CONMIM_SOURCES = {
     **stands('ConMIM Table 10', 'width', 'depth', 'heads', 'patch', 'size', 'epochs', 'eps', 'weight_decay', 'min_lr', 'drop_path'),
     **stands('ConMIM eq. (3)', 'method'),
@@ -39,7 +39,7 @@ CONMIM_SOURCES = {
     **stands('ConMIM Table 10: 3; the release clips only when asked, its ViT-L command asks for 1', 'clip'),
     **stands('ConMIM release', 'warmup_start', 'no_decay', 'init'),
     **stands('ConMIM release, as BEiT; the paper is silent', 'layer_scale'),
-    **stands('ConMIM release, as BEiT: one relative bias for all blocks; the paper is silent on pre-training, Table 12 fine-tunes with relative ones', 'positions'),
+    **stands('ConMIM release, as BEiT: one relative bias for all blocks; the paper is silent on pre-training', 'positions'),
     **stands('ConMIM Figure 3 shows one [CLS]', 'prefix'),
 }
 
