@@ -469,6 +469,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'mimstudy.parts.encoder._qkv': ('parts/encoder.html#_qkv', 'mimstudy/parts/encoder.py'),
                                         'mimstudy.parts.encoder._trunc_normal': ( 'parts/encoder.html#_trunc_normal',
                                                                                   'mimstudy/parts/encoder.py'),
+                                        'mimstudy.parts.encoder._xavier': ('parts/encoder.html#_xavier', 'mimstudy/parts/encoder.py'),
                                         'mimstudy.parts.encoder.attention': ('parts/encoder.html#attention', 'mimstudy/parts/encoder.py'),
                                         'mimstudy.parts.encoder.attention_weights': ( 'parts/encoder.html#attention_weights',
                                                                                       'mimstudy/parts/encoder.py'),

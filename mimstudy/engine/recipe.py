@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, fields, replace
 
 from ..core.errors import StudyError, choose
 
-# %% ../../nbs/engine/00_recipe.ipynb #ef7ee623
+# %% ../../nbs/engine/00_recipe.ipynb #a2d934d8
 POSITIONS = ('absolute', 'relative')                 # learned per patch, or one table of biases as in ConMIM's release
 MASKS = ('random', 'block')                          # single units at random; BEiT's rectangles
-INITS = ('timm', 'conmim', 'beit', 'maskfeat')       # how weights are drawn
+INITS = ('timm', 'conmim', 'beit', 'maskfeat', 'xavier')     # how weights are drawn
 VIEWS = ('weak', 'weak,strong', 'strong,strong', 'weak,weak', 'strong,weak', 'jitter')  # the student's, then the slow network's
 
 # %% ../../nbs/engine/00_recipe.ipynb #4f72ad16
@@ -156,17 +156,17 @@ def _table(recipe):
     head = f'**{recipe.name}** · {recipe.method} · key `{recipe.key()}`\n\n| value | | source |\n|---|---|---|\n'
     return head + '\n'.join(f'| {name} | {_shown(getattr(recipe, name))} | {source(name)} |' for name in VALUES[2:])
 
-# %% ../../nbs/engine/00_recipe.ipynb #956397a9
+# %% ../../nbs/engine/00_recipe.ipynb #6ebc5bf7
 SCENES_SMOKE, SCENES_LAPTOP, SCENES_GPU = 22, 342, 2000   # scenes for each of the 12 classes: 264, 4,104 and 24,000 pictures
 
 SCALES = {
     'smoke': dict(      # seconds on one core: does the wiring work?
         data='scenes', crop_from=.35,
-        shape=dict(size=32, patch=8, width=64, depth=2, heads=2, epochs=2, batch=32, lr=1.5e-3, codes=32),
+        shape=dict(init='xavier', size=32, patch=8, width=64, depth=2, heads=2, epochs=2, batch=32, lr=1.5e-3, codes=32),
         sets={'scenes': dict(per_class=SCENES_SMOKE), '*': dict(per_class=4)}),
     'laptop': dict(     # minutes on two cores: is a probe above a random encoder, are the largest effects there?
         data='tiny-imagenet-64c', crop_from=.35,
-        shape=dict(size=64, patch=8, width=96, depth=4, heads=3, epochs=6, batch=128, lr=1.5e-3, codes=256),
+        shape=dict(init='xavier', size=64, patch=8, width=96, depth=4, heads=3, epochs=6, batch=128, lr=1.5e-3, codes=256),
         sets={'tiny-imagenet-64c': dict(per_class=150),                                          # 9,600 pictures, 57,600 samples
               'scenes': dict(size=32, patch=4, per_class=SCENES_LAPTOP, epochs=8),
               'cifar10-jpeg': dict(size=32, patch=4, per_class=960), 'cifar10': dict(size=32, patch=4, per_class=960),

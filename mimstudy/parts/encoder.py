@@ -16,25 +16,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from ..core.errors import StudyError, choose
 
-# %% ../../nbs/parts/10_encoder.ipynb #80d94d04
+# %% ../../nbs/parts/10_encoder.ipynb #f5e08b63
 def _cut_normal(weight):     nn.init.trunc_normal_(weight, std=.02, a=-.02, b=.02)   # ConMIM: real std 0.0108
 def _trunc_normal(weight):   nn.init.trunc_normal_(weight, std=.02)
 
-INITS = {  # name -> (linear weights and tokens, weights of the MLP, divide proj and fc2 by sqrt(2 l))
-    'timm':     (_trunc_normal, _trunc_normal, False),           # timm's own default
-    'conmim':   (_cut_normal, _cut_normal, True),                # ConMIM's release
-    'beit':     (_trunc_normal, nn.init.xavier_uniform_, True),  # SemanticMIM's BEiT
-    'maskfeat': (_trunc_normal, _trunc_normal, False),           # SemanticMIM's MaskFeat
+def _xavier(weight):         nn.init.xavier_uniform_(weight)
+
+INITS = {  # name -> (tokens, linear weights, weights of the MLP, divide proj and fc2 by sqrt(2 l))
+    'timm':     (_trunc_normal, _trunc_normal, _trunc_normal, False),   # timm's own default
+    'conmim':   (_cut_normal, _cut_normal, _cut_normal, True),          # ConMIM's release
+    'beit':     (_trunc_normal, _trunc_normal, _xavier, True),          # SemanticMIM's BEiT
+    'maskfeat': (_trunc_normal, _trunc_normal, _trunc_normal, False),   # SemanticMIM's MaskFeat
+    'xavier':   (_trunc_normal, _xavier, _xavier, False),               # MAE's, and that of the small scales
 }
 
-# %% ../../nbs/parts/10_encoder.ipynb #edd4c8e0
+# %% ../../nbs/parts/10_encoder.ipynb #04f3e18a
 @torch.no_grad()
 def init_blocks(
     blocks:nn.Module,      # transformer blocks in order, with `.attn.proj` and `.mlp.fc1`, `.mlp.fc2`
     scheme:str,            # one of `INITS`
 )->None:
     "Draw the weights of a stack of blocks anew; biases become 0, in the MLPs of 'beit' N(0, 1e-6)."
-    linear, mlp, rescale = INITS[choose(scheme, INITS, 'initialisation')]
+    _, linear, mlp, rescale = INITS[choose(scheme, INITS, 'initialisation')]
     for l, block in enumerate(blocks, start=1):
         for name, layer in block.named_modules():
             if not isinstance(layer, nn.Linear): continue
@@ -43,22 +46,22 @@ def init_blocks(
         if rescale:
             block.attn.proj.weight.div_(math.sqrt(2*l)); block.mlp.fc2.weight.div_(math.sqrt(2*l))
 
-# %% ../../nbs/parts/10_encoder.ipynb #95bc33ad
+# %% ../../nbs/parts/10_encoder.ipynb #7cde5832
 @torch.no_grad()
 def init_encoder(
     encoder:VisionTransformer,  # any timm ViT
     scheme:str,                 # one of `INITS`
 )->None:
     "Draw the weights of an encoder anew: blocks, patch embedding, prefix tokens and positions."
-    linear, _, _ = INITS[choose(scheme, INITS, 'initialisation')]
+    token, linear, _, _ = INITS[choose(scheme, INITS, 'initialisation')]
     init_blocks(encoder.blocks, scheme)
     weight, bias = encoder.patch_embed.proj.weight, encoder.patch_embed.proj.bias
-    linear(weight)
+    linear(weight.flatten(1))   # a view: each patch is one row of a linear layer
     bound = weight[0].numel()**-.5
     if scheme == 'maskfeat': nn.init.uniform_(bias, -bound, bound)   # that release keeps the convolution's own bias
     else: nn.init.zeros_(bias)
     for name in ('cls_token', 'reg_token', 'pos_embed'):
-        if getattr(encoder, name, None) is not None: linear(getattr(encoder, name))
+        if getattr(encoder, name, None) is not None: token(getattr(encoder, name))
 
 # %% ../../nbs/parts/10_encoder.ipynb #8e896554
 class Doors:

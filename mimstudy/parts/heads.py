@@ -9,18 +9,18 @@ __all__ = ['linear_head', 'Projector']
 from torch import Tensor, nn
 from .encoder import INITS, Encoder
 
-# %% ../../nbs/parts/30_heads.ipynb #a7f7534f
+# %% ../../nbs/parts/30_heads.ipynb #410ddb7c
 def linear_head(
     pathway:nn.Module,  # gives the width D and, through its encoder, the initialisation
     out:int,            # K, what is predicted for a patch
 )->nn.Linear:
     "One linear layer with the encoder's own kind of weights and no bias at the start."
     head = nn.Linear(pathway.width, out)
-    INITS[pathway.encoder.config['init']][0](head.weight)
+    INITS[pathway.encoder.config['init']][1](head.weight)
     nn.init.zeros_(head.bias)
     return head
 
-# %% ../../nbs/parts/30_heads.ipynb #3af70fd9
+# %% ../../nbs/parts/30_heads.ipynb #af0ed69f
 class Projector(nn.Sequential):
     "ConMIM's 3-layer projector with batch norm over all tokens (MoCo v3's, per the paper's section 4)."
     across = True   # its statistics run over all tokens, so it is applied before any are selected
@@ -33,7 +33,7 @@ class Projector(nn.Sequential):
         layers = []
         for i, (a, b) in enumerate(zip(widths, widths[1:])):
             layers += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b, affine=i < 2)] + [nn.ReLU(inplace=True)]*(i < 2)
-            INITS[encoder.config['init']][0](layers[3*i].weight)
+            INITS[encoder.config['init']][1](layers[3*i].weight)
         super().__init__(*layers)
 
     def forward(self,
