@@ -15,7 +15,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 study: $(VENV)/.ready  ## the small study, end to end, on the embedded pictures
-	$(BIN)/mimstudy run semanticmim-t1 --scale laptop --data scenes --seeds 0 --results $(LOCAL)
+	$(BIN)/mimstudy run semanticmim-t1 --scale laptop --data scenes --seeds 0 --jobs 2 --results $(LOCAL)
 
 test: $(VENV)/.ready   ## every check: export and clean, ruff, notebooks, a papermill row, pytest
 	BIN=$(abspath $(BIN)) bash tests/all.sh

@@ -73,6 +73,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mimstudy.core.scenes._tree': ('core/scenes.html#_tree', 'mimstudy/core/scenes.py'),
                                       'mimstudy.core.scenes._water': ('core/scenes.html#_water', 'mimstudy/core/scenes.py'),
                                       'mimstudy.core.scenes._wave': ('core/scenes.html#_wave', 'mimstudy/core/scenes.py'),
+                                      'mimstudy.core.scenes._weave': ('core/scenes.html#_weave', 'mimstudy/core/scenes.py'),
                                       'mimstudy.core.scenes._within': ('core/scenes.html#_within', 'mimstudy/core/scenes.py'),
                                       'mimstudy.core.scenes._wood': ('core/scenes.html#_wood', 'mimstudy/core/scenes.py'),
                                       'mimstudy.core.scenes.scenes': ('core/scenes.html#scenes', 'mimstudy/core/scenes.py')},

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHUNK', 'SLOTS', 'BACKGROUNDS', 'OBJECTS', 'CLASSES', 'REGIONS', 'Scenes', 'scenes']
 
-# %% ../../nbs/core/30_scenes.ipynb #4e5e93f1
-from math import pi
+# %% ../../nbs/core/30_scenes.ipynb #70d32016
+from math import cos, pi, sin
 from typing import NamedTuple
 
 import torch
@@ -148,6 +148,12 @@ def _area(shape, side=256):
 
 _UNIT = torch.stack([_area(shape) for shape in _OBJECTS.values()]).rsqrt()
 
+# %% ../../nbs/core/30_scenes.ipynb #c3fe5d34
+def _weave(k, x, y, phase):
+    "The stripes of kind k over the whole picture, 0 … 1: direction by k mod 6, wide for the first six kinds and narrow for the others."
+    angle, pitch = pi*(k % 6)/6, 5. if k < 6 else 8.5
+    return _step(torch.sin(2*pi*pitch*(cos(angle)*x + sin(angle)*y) + phase), 2)
+
 # %% ../../nbs/core/30_scenes.ipynb #51cc526a
 def _colour(hue, strength, value):
     "Red, green and blue (…,3) from hue, saturation and value, all 0 … 1 (the hue goes round)."
@@ -168,7 +174,7 @@ def _layout(chunk, g):
     order = torch.rand(shape, generator=g).argsort(1)
     return [part[torch.arange(CHUNK)[:, None], order] for part in (kind, radius, turn, phase, place, one, two)]
 
-# %% ../../nbs/core/30_scenes.ipynb #ed6d47fc
+# %% ../../nbs/core/30_scenes.ipynb #2866f01f
 def _shapes(kind, radius, turn, phase, place, size):
     "Signed distances in pixels (far where there is no object) and textures, each (CHUNK,O,S,S)."
     (x, y), shape = _grid(size), (*kind.shape, size, size)
@@ -180,8 +186,8 @@ def _shapes(kind, radius, turn, phase, place, size):
         rows = (kind == k).nonzero()[:, 0]
         right, down = (t - place[rows, i, None, None] for i, t in enumerate((x, y)))
         c, s, p, r = (t[rows, None, None] for t in (cos, sin, phase, radius))
-        d, texture[rows] = form(c*right + s*down, c*down - s*right, p)
-        distance[rows] = d*r*size
+        d, own = form(c*right + s*down, c*down - s*right, p)
+        distance[rows], texture[rows] = d*r*size, .3*own + .7*_weave(k, x, y, p)
     return distance.view(shape), texture.view(shape)
 
 # %% ../../nbs/core/30_scenes.ipynb #c01dece8
