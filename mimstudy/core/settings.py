@@ -5,23 +5,24 @@
 # %% auto #0
 __all__ = ['DEVICES', 'PRECISIONS', 'settings_file', 'Settings', 'settings', 'data_root', 'pick_device', 'pick_precision']
 
-# %% ../../nbs/core/20_settings.ipynb #50e7e2ec
+# %% ../../nbs/core/20_settings.ipynb #0fea5819
 import os
 from configparser import ConfigParser, Error as ConfigError
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from .errors import StudyError, choose
 
-# %% ../../nbs/core/20_settings.ipynb #957de8e1
+# %% ../../nbs/core/20_settings.ipynb #34a42f95
 def settings_file()->Path:
     "The `settings.ini` in force: the variable `MIMSTUDY_SETTINGS`, the nearest one above the working folder, or the checkout's own."
     if named := os.environ.get('MIMSTUDY_SETTINGS'):
         if not Path(named).is_file(): raise StudyError(f'MIMSTUDY_SETTINGS names {named}, which is no file')
         return Path(named).resolve()
     here = Path.cwd().resolve()
-    for folder in (here, *here.parents, Path(__file__).resolve().parents[2]):
+    for folder in (here, *here.parents, Path(find_spec('mimstudy').origin).resolve().parents[1]):
         if (folder/'settings.ini').is_file() and (folder/'nbs').is_dir(): return folder/'settings.ini'
     return here/'settings.ini'
 

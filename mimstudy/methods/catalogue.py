@@ -38,7 +38,7 @@ def needs(name:str)->list[str]:
     "What the method has to be given beside an encoder and its options: a tokenizer, or the number of classes."
     return [p for p in signature(METHODS[choose(name, METHODS, 'method')]).parameters if p in GIVEN]
 
-# %% ../../nbs/methods/catalogue.ipynb #cfdb9f15
+# %% ../../nbs/methods/catalogue.ipynb #9976d80a
 def build(
     name:str,                        # a name of `METHODS`
     encoder:Encoder,
@@ -46,6 +46,7 @@ def build(
     **options,                       # the method's own options; a pathway is given by name
 )->Task:
     "Build a method by name; unknown names and options are a `StudyError` with the near ones."
+    method = METHODS[choose(name, METHODS, 'method')]
     for option in options: choose(option, method_options(name), f'option of {name}')
     if 'pathway' in options: options['pathway'] = PATHWAYS[choose(options['pathway'], PATHWAYS, 'pathway')]
-    return METHODS[name](encoder, **(given or {}), **options)
+    return method(encoder, **(given or {}), **options)
