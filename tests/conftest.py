@@ -28,7 +28,7 @@ def golden():
     return load
 
 
-def close(a, b, rel=5e-6):
+def assert_close(a, b, rel=5e-6):
     "Assert max|a-b| <= rel * max|b|, the tolerance that the golden files are held to."
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     assert a.shape == b.shape, f'shapes differ: {tuple(a.shape)} and {tuple(b.shape)}'

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import close
+from conftest import assert_close
 
 from mimstudy.analysis.attention import (attention_distance, consistency, label_shares, nmi, overlap, own_shares, patch_distances, patch_weights,
                                          prefix_maps, query_maps)
@@ -28,15 +28,15 @@ def made_up(B, H, P, grid, g): return (2*torch.randn(B, H, P + grid[0]*grid[1], 
 def test_distance_and_nmi_equal_the_public_code(golden, name):
     tensors, (P, grid) = golden('attention_distance'), CASES[name]
     weights = tensors[f'{name}.attn']                                            # (layers,B,H,T,T)
-    close(attention_distance(weights, grid, 16, P), tensors[f'{name}.distance'])
-    close(attention_distance(weights, grid, 16, P, renormalise=False), tensors[f'{name}.distance_not_renormalised'])
-    close(nmi(weights, P), tensors[f'{name}.nmi'])
+    assert_close(attention_distance(weights, grid, 16, P), tensors[f'{name}.distance'])
+    assert_close(attention_distance(weights, grid, 16, P, renormalise=False), tensors[f'{name}.distance_not_renormalised'])
+    assert_close(nmi(weights, P), tensors[f'{name}.nmi'])
 
 
 @pytest.mark.parametrize('side', [14, 7])
 def test_uniform_attention_has_the_mean_distance(golden, side):
     uniform = torch.full((1, side*side, side*side), 1/side**2, dtype=torch.float64)
-    close(attention_distance(uniform, (side, side), 16, 0)[0], golden('attention_distance')[f'uniform_{side}x{side}_patch16'])
+    assert_close(attention_distance(uniform, (side, side), 16, 0)[0], golden('attention_distance')[f'uniform_{side}x{side}_patch16'])
 
 
 def test_wrong_variants_would_be_seen(golden):
@@ -61,7 +61,7 @@ def test_maps_agree_with_loops(g):
                 slow = sum(weights[b, h, t] for h in range(4))/4
                 slow = slow[P:]/(slow[P:].sum() if renormalise else 1)
                 assert drawn.shape == grid
-                close(drawn.flatten(), slow)
+                assert_close(drawn.flatten(), slow)
 
 
 def test_distance_agrees_with_loops(g):
@@ -72,7 +72,7 @@ def test_distance_agrees_with_loops(g):
         for i in range(gh*gw):
             row = weights[0, h, P + i, P:]/weights[0, h, P + i, P:].sum()
             total += sum(row[j].item()*patch*math.dist(divmod(i, gw), divmod(j, gw)) for j in range(gh*gw))
-        close(attention_distance(weights, (gh, gw), patch, P)[0, h], total/(gh*gw))
+        assert_close(attention_distance(weights, (gh, gw), patch, P)[0, h], total/(gh*gw))
 
 
 def test_nmi_agrees_with_the_joint_distribution(g):
@@ -81,7 +81,7 @@ def test_nmi_agrees_with_the_joint_distribution(g):
     joint = rows/9
     key = joint.sum(0)
     shared = sum(joint[q, k]*math.log(joint[q, k]/(key[k]/9)) for q in range(9) for k in range(9))
-    close(nmi(rows[None], 0)[0], shared/math.sqrt(math.log(9)*-sum(p*math.log(p) for p in key)))
+    assert_close(nmi(rows[None], 0)[0], shared/math.sqrt(math.log(9)*-sum(p*math.log(p) for p in key)))
 
 
 def test_zero_weights_are_no_trouble():
@@ -93,8 +93,8 @@ def test_overlap_agrees_with_pairs(g):
     maps = torch.rand(5, 3, 4, generator=g)
     shares = [m/m.sum() for m in maps]
     slow = [torch.minimum(shares[i], shares[j]).sum() for i in range(5) for j in range(i)]
-    close(overlap(maps), sum(slow)/len(slow))
-    close(overlap(maps*torch.rand(5, 1, 1, generator=g)), overlap(maps))              # how hard a token looks does not matter
+    assert_close(overlap(maps), sum(slow)/len(slow))
+    assert_close(overlap(maps*torch.rand(5, 1, 1, generator=g)), overlap(maps))              # how hard a token looks does not matter
     with pytest.raises(StudyError, match='not of 1'): overlap(maps[:1])
 
 
@@ -105,9 +105,9 @@ def test_shares_agree_with_counting(g):
     for b in range(2):
         for n in range(6):
             i, j = divmod(n, 2)
-            close(shares[b, n], labels[b, 4*i:4*i + 4, 4*j:4*j + 4].flatten().bincount(minlength=4)/16)
+            assert_close(shares[b, n], labels[b, 4*i:4*i + 4, 4*j:4*j + 4].flatten().bincount(minlength=4)/16)
         assert region[b, 0] == shares[b, 4].argmax()
-        close(own[b, 0], shares[b, :, region[b, 0]])
+        assert_close(own[b, 0], shares[b, :, region[b, 0]])
 
 
 @pytest.mark.parametrize('equal_distance', [False, True])
@@ -120,7 +120,7 @@ def test_consistency_agrees_with_loops(g, equal_distance):
             others, look = [j for j in range(N) if j != q], maps[b, i].flatten()
             def share(js): return sum(own[b, i, j].item() for j in js)/len(js)
             due = sum(look[j]*share([k for k in others if math.isclose(d[q, k], d[q, j], abs_tol=1e-4)] if equal_distance else others) for j in others)
-            close(fast[b, i], sum(look[j]*own[b, i, j] for j in others)/due)
+            assert_close(fast[b, i], sum(look[j]*own[b, i, j] for j in others)/due)
 
 
 # closed forms and symmetries
@@ -131,7 +131,7 @@ def test_a_map_that_knows_distance_alone_scores_one_at_equal_distance(g):
     profile = torch.rand(200, generator=g)                                             # any function of the distance
     radial = profile[(patch_distances(grid)**2).round().long()].expand(12, -1, -1).unflatten(2, grid)
     scores = consistency(radial, own, torch.arange(64), equal_distance=True)
-    close(scores[~scores.isnan()], torch.ones(int((~scores.isnan()).sum())), 1e-5)
+    assert_close(scores[~scores.isnan()], torch.ones(int((~scores.isnan()).sum())), 1e-5)
     assert consistency(radial, own, torch.arange(64)).nanmean() != 1
 
 
@@ -139,8 +139,8 @@ def test_looking_only_at_ones_own_region_scores_the_inverse_of_its_share():
     own = torch.zeros(1, 1, 16)
     own[0, 0, :4] = 1
     maps = own.unflatten(2, (4, 4))
-    close(consistency(maps, own, [0])[0, 0], 15/3)                                     # 3 of the 15 others
-    close(consistency(maps.flip(2, 3), own.flip(2), [15])[0, 0], 15/3)
+    assert_close(consistency(maps, own, [0])[0, 0], 15/3)                                     # 3 of the 15 others
+    assert_close(consistency(maps.flip(2, 3), own.flip(2), [15])[0, 0], 15/3)
     assert consistency(torch.ones(1, 1, 4, 4), torch.eye(16)[None, :1], [0]).isnan()   # nobody else shows it
 
 
@@ -151,7 +151,7 @@ def test_mirrored_pictures_have_mirrored_scores(g):
         def score(maps, labels): return consistency(maps, own_shares(label_shares(labels, grid, len(REGIONS)), torch.arange(16))[0], torch.arange(16), equal)
         a, b = score(maps, world.maps), score(maps[:, mirror].flip(3), world.maps.flip(2))
         # where two labels fill a patch equally, the first one counts on both sides
-        close(a.nan_to_num(), b[:, mirror].nan_to_num(), 1e-5)
+        assert_close(a.nan_to_num(), b[:, mirror].nan_to_num(), 1e-5)
 
 
 @pytest.mark.parametrize('P', [1, 8])
@@ -162,5 +162,5 @@ def test_measures_fit_what_the_encoder_gives(P):
     assert attention_distance(weights, encoder.grid, encoder.patch, P).shape == nmi(weights, P).shape == (3, 4)
     maps = prefix_maps(weights, P, encoder.grid, renormalise=True)
     assert maps.shape == (3, P, 4, 4)
-    close(maps.sum((2, 3)), torch.ones(3, P))
+    assert_close(maps.sum((2, 3)), torch.ones(3, P))
     assert patch_weights(weights, P).shape == (3, 4, P + 16, 16)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import small_training
 import torch
-from conftest import close
+from conftest import assert_close
 from small_training import RECIPE, Small, feed, pictures
 from torch import nn
 
@@ -139,7 +139,7 @@ def test_rows_are_means_over_their_steps(monkeypatch):
     single = train(Small(), pictures(), feed, RECIPE, device='cpu').history
     monkeypatch.setattr('mimstudy.engine.train.row_length', lambda steps: 10)
     tens = train(Small(), pictures(), feed, RECIPE, device='cpu').history
-    close(torch.tensor(tens.loss.values), torch.tensor(single.loss.values).view(5, 10).mean(1), 1e-12)
+    assert_close(torch.tensor(tens.loss.values), torch.tensor(single.loss.values).view(5, 10).mean(1), 1e-12)
     assert tens.step.tolist() == [10, 20, 30, 40, 50] and tens.lr.tolist() == single.lr[9::10].tolist()
 
 
@@ -152,8 +152,8 @@ def test_slices_add_up():
             return {'loss': ((self.head(z + self.branch(z)) - 1)**2).mean()}
     def plain(x, labels, generator): return Batch([x.float()/255], label=labels)
     one, two = (train(Plain(), pictures(), plain, RECIPE, device='cpu', accumulate=slices) for slices in (1, 2))
-    close(torch.tensor(two.history.loss.values), torch.tensor(one.history.loss.values), 1e-5)
-    close(torch.tensor(two.history.grad_norm.values), torch.tensor(one.history.grad_norm.values), 1e-4)
+    assert_close(torch.tensor(two.history.loss.values), torch.tensor(one.history.loss.values), 1e-5)
+    assert_close(torch.tensor(two.history.grad_norm.values), torch.tensor(one.history.grad_norm.values), 1e-4)
 
 
 def test_the_callers_world_is_left_alone():
@@ -260,7 +260,7 @@ def test_two_processes_train_as_one(tmp_path):
     for command in (one, two): subprocess.run(command, env=env, check=True, timeout=300)
     ours, theirs = (pd.read_csv(tmp_path/name/'log.csv') for name in ('two', 'one'))
     assert ours.step.tolist() == theirs.step.tolist() and finished(tmp_path/'two')
-    close(torch.tensor(ours.loss.values), torch.tensor(theirs.loss.values), 1e-4)
+    assert_close(torch.tensor(ours.loss.values), torch.tensor(theirs.loss.values), 1e-4)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import close
+from conftest import assert_close
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import nn
@@ -56,8 +56,8 @@ def test_features_are_the_means_of_every_block():
         z = torch.cat([encoder.prefix(20), encoder.tokens(x)], 1)
         for l, block in enumerate(encoder.blocks, start=1):
             z = block(z)
-            close(table[l, 'prefix'], z[:, :2].mean(1))
-            close(table[l, 'patch'], z[:, 2:].mean(1))
+            assert_close(table[l, 'prefix'], z[:, :2].mean(1))
+            assert_close(table[l, 'patch'], z[:, 2:].mean(1))
 
 
 def test_reading_twice_is_bit_equal_and_leaves_no_trace():
@@ -80,7 +80,7 @@ def test_modes_come_back_after_an_error():
 def test_neighbours_in_the_batch_do_not_matter():
     encoder, pictures = make_encoder(), make_set(20)
     a, b = (collect(encoder, pictures, 'cpu', batch=batch) for batch in (20, 3))
-    for k in a.table: close(a.table[k], b.table[k])
+    for k in a.table: assert_close(a.table[k], b.table[k])
 
 
 def test_batch_norm_uses_its_running_statistics_and_keeps_them():
@@ -109,7 +109,7 @@ def test_raw_pixels_are_block_averages():
     pictures = make_set(5, size=64)
     x = raw_pixels(pictures, 'cpu', batch=2).table[0, 'pixels'].numpy()
     slow = np.array([[p[c, i:i+4, j:j+4].mean()/255 for c in range(3) for i in range(0, 64, 4) for j in range(0, 64, 4)] for p in pictures.pictures.numpy()])
-    close(x, slow)
+    assert_close(x, slow)
 
 
 def test_the_best_block_is_per_token_and_the_first_of_equals():
@@ -149,7 +149,7 @@ def test_knn_of_all_pictures_at_equal_weight_is_the_largest_class(g):
     train, val = make_features(60, 3, 4, g), make_features(30, 3, 4, g)
     unit = [F.normalize(f.table[1, 'patch'], dim=1) for f in (train, val)]
     ballot = votes(unit[1], unit[0], train.labels, 3, k=60, temperature=1e9)
-    close(ballot, train.labels.bincount(minlength=3).expand(30, 3), 1e-5)
+    assert_close(ballot, train.labels.bincount(minlength=3).expand(30, 3), 1e-5)
 
 
 # linear probe
@@ -176,7 +176,7 @@ def test_fit_agrees_with_sklearn(g, penalty):
 def test_standardising_is_sklearns(g):
     x, x_val = torch.randn(50, 4, generator=g)*torch.tensor([1., 100, 1e-3, 0]) + 5, torch.randn(20, 4, generator=g)
     scaler = StandardScaler().fit(x.double().numpy())
-    for a, b in zip(standardised(x, x_val), (x, x_val)): close(a[:, :3], scaler.transform(b.double().numpy())[:, :3], 1e-3)
+    for a, b in zip(standardised(x, x_val), (x, x_val)): assert_close(a[:, :3], scaler.transform(b.double().numpy())[:, :3], 1e-3)
     assert standardised(x, x_val)[1][:, 3].equal(torch.zeros(20))
 
 
@@ -194,7 +194,7 @@ def test_renamed_classes_are_renamed_in_the_answer(g):
     x, _ = standardised(train.table[1, 'patch'], train.table[1, 'patch'])
     weight, _ = fit(x, train.labels, 5, 1e-2, close=1e-9)
     renamed, _ = fit(x, names[train.labels], 5, 1e-2, close=1e-9)
-    close(renamed[names], weight, 1e-2)
+    assert_close(renamed[names], weight, 1e-2)
 
 
 def test_units_of_features_do_not_matter(g):

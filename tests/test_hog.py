@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import close
+from conftest import assert_close
 
 from mimstudy.core.errors import StudyError
 from mimstudy.core.task import Batch
@@ -28,7 +28,7 @@ def noise(vectors): return vectors['noise64']
 
 def test_gradient_strength_and_bin(vectors, noise):
     strength, sector = polar(*gradients(noise[:1]))
-    close(strength, vectors['noise64_magnitude'], rel=5e-7)
+    assert_close(strength, vectors['noise64_magnitude'], rel=5e-7)
     assert sector.equal(vectors['noise64_bin'].long())
 
 

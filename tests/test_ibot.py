@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import close
+from conftest import assert_close
 from mimstudy.core.errors import StudyError
 from mimstudy.core.task import Batch
 from mimstudy.methods.dino import dino
@@ -68,20 +68,20 @@ def test_slow_twin(shared):
             pairs += 1
             for i in range(B): whole -= (t_cls[q][i]*(s_cls[view][i]/.1).log_softmax(-1)).sum()/B
     told = task(Batch(v, mask), .05)
-    close(told['cls'], whole/pairs, rel=1e-5)
-    close(told['patch'], part, rel=1e-5)
-    close(told['loss'].detach(), whole/pairs + part, rel=1e-5)
+    assert_close(told['cls'], whole/pairs, rel=1e-5)
+    assert_close(told['patch'], part, rel=1e-5)
+    assert_close(told['loss'].detach(), whole/pairs + part, rel=1e-5)
     before = task.centre.value.clone(), task.patch_centre.value.clone()
     task.zero_grad(), task.centre.after_step(), task.patch_centre.after_step()
     for centre, old, logits in zip((task.centre, task.patch_centre), before, (t_cls_logits.mean(0), t_patch_logits.mean((0, 1)))):
-        close(centre.value, .9*old + .1*logits, rel=1e-5)
+        assert_close(centre.value, .9*old + .1*logits, rel=1e-5)
 
 
 def test_closed_forms():
     mask = mask_of(3, chance=1.)
     M = mask.predict.shape[1]
     flat = torch.full((6, M, 7), 1/7)
-    close(patch_ce(torch.randn(6, 1, 1).expand(6, M, 7), flat, mask), torch.tensor(math.log(7)), rel=1e-5)
+    assert_close(patch_ce(torch.randn(6, 1, 1).expand(6, M, 7), flat, mask), torch.tensor(math.log(7)), rel=1e-5)
     sure = torch.eye(7)[torch.randint(7, (6, M))]
     assert patch_ce(100*sure, sure, mask) == 0
     nothing = mask_from(torch.zeros(6, 16, dtype=torch.bool))
@@ -117,13 +117,13 @@ def test_without_holes_it_is_dino():
     twin.load_state_dict(state)
     told = task(Batch(v, mask_from(torch.zeros(6, 16, dtype=torch.bool))), .05)
     assert told['patch'] == 0
-    close(told['loss'].detach(), twin(Batch(v), .05)['loss'].detach())
+    assert_close(told['loss'].detach(), twin(Batch(v), .05)['loss'].detach())
 
 
 def test_crops_may_change_places():
     task, (a, b, c, d), mask = task_of(), views(), mask_of(3, 4)
     swapped = mask_from(torch.cat([mask.hidden[3:], mask.hidden[:3]]))
-    close(task(Batch([b, a, d, c], swapped), .2)['loss'].detach(), task(Batch([a, b, c, d], mask), .2)['loss'].detach())
+    assert_close(task(Batch([b, a, d, c], swapped), .2)['loss'].detach(), task(Batch([a, b, c, d], mask), .2)['loss'].detach())
 
 
 def test_mask_statistics():

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import close, sub
+from conftest import assert_close, sub
 from mimstudy.core.errors import StudyError
 from mimstudy.core.task import Batch
 from mimstudy.engine.schedules import cosine
@@ -37,11 +37,11 @@ def test_loss_gradient_and_centre(golden):
         loss = cross_view_ce(student.unflatten(0, (4, 3)), target)
         loss.backward()
         centre.note(teacher)
-        close(centre.value, g[f'center_{k}'][0])           # nothing moves before the step
+        assert_close(centre.value, g[f'center_{k}'][0])           # nothing moves before the step
         centre.after_step()
-        close(loss.detach(), g[f'loss_{k}'])
-        close(student.grad, g[f'grad_student_{k}'])
-        close(centre.value, g[f'center_{k + 1}'][0])
+        assert_close(loss.detach(), g[f'loss_{k}'])
+        assert_close(student.grad, g[f'grad_student_{k}'])
+        assert_close(centre.value, g[f'center_{k + 1}'][0])
 
 
 def test_teacher_temperature(golden):
@@ -55,7 +55,7 @@ def test_head(golden):
     state = sub(g, 'head.mlp.')
     head.load_state_dict({f'mlp.{k}': v for k, v in state.items()} | {'last.weight': g['head.last_layer.weight_v']})
     assert g['head.last_layer.weight_g'].eq(1).all()       # the gain of the release's weight norm is held at 1
-    close(head(g['head.in']).detach(), g['head.out'])
+    assert_close(head(g['head.in']).detach(), g['head.out'])
 
 
 def test_schedules_are_the_engines(golden):
@@ -76,7 +76,7 @@ def test_loss_is_what_it_says():
             if v == q: continue
             terms += 1
             for i in range(3): total -= (target[q, i]*(student[v, i]/.1).log_softmax(-1)).sum()/3
-    close(cross_view_ce(student, target), total/terms, rel=1e-6)
+    assert_close(cross_view_ce(student, target), total/terms, rel=1e-6)
 
 
 def test_loss_is_the_teachers_entropy_at_least():
@@ -89,8 +89,8 @@ def test_loss_is_the_teachers_entropy_at_least():
 def test_views_in_any_order_after_the_first_two():
     task, (a, b, c, d) = task_of(), views()
     loss = task(Batch([a, b, c, d]), .5)['loss'].detach()
-    close(task(Batch([a, b, d, c]), .5)['loss'].detach(), loss, rel=1e-6)
-    close(task(Batch([b, a, c, d]), .5)['loss'].detach(), loss, rel=1e-6)
+    assert_close(task(Batch([a, b, d, c]), .5)['loss'].detach(), loss, rel=1e-6)
+    assert_close(task(Batch([b, a, c, d]), .5)['loss'].detach(), loss, rel=1e-6)
 
 
 def test_forward_changes_nothing_but_a_note():
@@ -98,7 +98,7 @@ def test_forward_changes_nothing_but_a_note():
     assert task(batch, .1)['loss'].equal(task(batch, .1)['loss']) and not task.centre.value.any()
     task.after_step(.1)
     logits, _ = task.teach(batch.views[:2], .1)
-    close(task.centre.value, .1*logits.flatten(0, 1).mean(0), rel=1e-4)
+    assert_close(task.centre.value, .1*logits.flatten(0, 1).mean(0), rel=1e-4)
 
 
 def test_slices_of_a_batch_move_the_centre_as_the_whole_does():
@@ -107,7 +107,7 @@ def test_slices_of_a_batch_move_the_centre_as_the_whole_does():
     whole(Batch(v), 0.), whole.after_step(0.)
     for half in (slice(0, 2), slice(2, 4)): sliced(Batch([x[half] for x in v]), 0.)
     sliced.after_step(0.)
-    close(whole.centre.value, sliced.centre.value)
+    assert_close(whole.centre.value, sliced.centre.value)
 
 
 def test_gradients_and_the_slow_copy():
@@ -154,14 +154,14 @@ def test_a_crop_of_another_size_is_another_grid():
     places = large.pos_embed[:, 3:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
     places = torch.nn.functional.interpolate(places, (2, 3), mode='bicubic').flatten(2).transpose(1, 2)
     patches = torch.nn.functional.conv2d(x, large.patch_embed.proj.weight, large.patch_embed.proj.bias, 8).flatten(2).transpose(1, 2)
-    close(crop_tokens(large, x).detach(), torch.cat([large.prefix(2), patches + places], 1).detach())
+    assert_close(crop_tokens(large, x).detach(), torch.cat([large.prefix(2), patches + places], 1).detach())
     with pytest.raises(StudyError, match='cannot be cut'): crop_tokens(large, x[..., :20])
 
 
 def test_grouping_by_size_changes_nothing():
     task, v = task_of(prefix=2), views(2, 3)
     v = [v[0], v[2], v[3], v[1], v[4]]
-    close(view_features(task.encoder, v).detach(), torch.cat([view_features(task.encoder, [x]) for x in v]).detach())
+    assert_close(view_features(task.encoder, v).detach(), torch.cat([view_features(task.encoder, [x]) for x in v]).detach())
 
 
 @pytest.mark.parametrize('prefix', [1, 4])

@@ -1,7 +1,7 @@
 "MAE against the official code: latent, prediction, both losses, every gradient."
 import pytest
 import torch
-from conftest import close, sub
+from conftest import assert_close, sub
 from mimstudy.core.task import Batch
 from mimstudy.methods.mae import mae
 from mimstudy.parts.encoder import Encoder
@@ -34,21 +34,21 @@ def test_latent_and_prediction(case):
     kept = g['noise'].argsort(1)[:, :16]                      # the official order of the visible patches; ours is raster order
     order = kept.argsort(1)
     latent = torch.cat([g['latent'][:, :1], gather(g['latent'][:, 1:], order)], 1)
-    close(task.pathway.latent(batch.views[0], batch.mask), latent)
-    close(task.predict(batch), gather(g['pred'], batch.mask.predict))
-    close(patchify(batch.views[0][:1], 8)[:, :4], g['patches'])
+    assert_close(task.pathway.latent(batch.views[0], batch.mask), latent)
+    assert_close(task.predict(batch), gather(g['pred'], batch.mask.predict))
+    assert_close(patchify(batch.views[0][:1], 8)[:, :4], g['patches'])
 
 
 @pytest.mark.parametrize('norm', [False, True])
 def test_losses(case, norm):
     g, task, batch = case
     target = Pixels(8, norm)(batch)
-    close(task.criterion(task.predict(batch), target, batch.mask).detach(), g[f'loss.norm_pix_{norm}'])
+    assert_close(task.criterion(task.predict(batch), target, batch.mask).detach(), g[f'loss.norm_pix_{norm}'])
     pred = g['lossonly.pred'].clone().requires_grad_()
     loss = masked_mse(gather(pred, batch.mask.predict), target, batch.mask)
     loss.backward()
-    close(loss.detach(), g[f'lossonly.loss.norm_pix_{norm}'])
-    close(pred.grad.norm(), g[f'lossonly.grad_norm.norm_pix_{norm}'])
+    assert_close(loss.detach(), g[f'lossonly.loss.norm_pix_{norm}'])
+    assert_close(pred.grad.norm(), g[f'lossonly.grad_norm.norm_pix_{norm}'])
 
 
 def test_gradients(case):
@@ -56,5 +56,5 @@ def test_gradients(case):
     task.zero_grad()
     task(batch, 0.)['loss'].backward()
     ours, theirs = dict(task.named_parameters()), translated(sub(g, 'grad.'))
-    for name, grad in theirs.items(): close(ours[name].grad, grad, rel=1e-5)
+    for name, grad in theirs.items(): assert_close(ours[name].grad, grad, rel=1e-5)
     assert {n for n, p in ours.items() if p.grad is not None} == set(theirs)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import close, sub
+from conftest import assert_close, sub
 from mimstudy.core.errors import StudyError
 from mimstudy.core.task import Batch
 from mimstudy.engine.schedules import cosine
@@ -30,10 +30,10 @@ def test_losses_and_gradient(golden, tau):
     q1 = g['q1'].clone().requires_grad_()
     one, other = contrast(q1, g['k2'], tau), contrast(g['q2'], g['k1'], tau)
     (one + other).backward()
-    close(one.detach(), g[f'loss_12.t{tau}'])
-    close(other.detach(), g[f'loss_21.t{tau}'])
-    close((one + other).detach(), g[f'loss.t{tau}'])
-    close(q1.grad, g[f'grad_q1.t{tau}'])
+    assert_close(one.detach(), g[f'loss_12.t{tau}'])
+    assert_close(other.detach(), g[f'loss_21.t{tau}'])
+    assert_close((one + other).detach(), g[f'loss.t{tau}'])
+    assert_close(q1.grad, g[f'grad_q1.t{tau}'])
 
 
 def test_projector_and_predictor(golden):
@@ -44,14 +44,14 @@ def test_projector_and_predictor(golden):
         missing, unexpected = mlp.load_state_dict({k: v for k, v in stored.items() if 'running' not in k}, strict=False)
         assert not unexpected and all('running' in k or 'num_batches' in k for k in missing)
         x = mlp.train()(x)
-        close(x.detach(), g[out])
+        assert_close(x.detach(), g[out])
         # the statistics before that forward are not in the file; what they must have been is what the fixture drew: N(0, .1) and 1 + .1 |N|
         for k in (k for k in stored if 'running' in k):
             drawn = (stored[k] - mlp.state_dict()[k])/.9 + ('var' in k)
             assert drawn.abs().max() < .4 if 'mean' in k else (drawn.min() > 1 and drawn.max() < 1.4)
 
 
-def test_positions(golden): close(sincos_positions(32, (8, 8), first='row'), golden('mocov3')['sincos_32_g8'])
+def test_positions(golden): assert_close(sincos_positions(32, (8, 8), first='row'), golden('mocov3')['sincos_32_g8'])
 
 
 def test_schedules(golden):
@@ -84,8 +84,8 @@ def test_loss_is_what_it_says():
             scores = torch.stack([torch.cosine_similarity(q[i], k[j], 0)/.2 for j in range(5)]).exp()
             total -= (scores[i]/scores.sum()).log()/5*.4
         return total
-    close(task(Batch([a, b]), 0.)['loss'].detach(), (slow(q1, k2) + slow(q2, k1)).detach(), rel=1e-6)
-    close(task(Batch([b, a]), 0.)['loss'].detach(), task(Batch([a, b]), 0.)['loss'].detach(), rel=1e-6)
+    assert_close(task(Batch([a, b]), 0.)['loss'].detach(), (slow(q1, k2) + slow(q2, k1)).detach(), rel=1e-6)
+    assert_close(task(Batch([b, a]), 0.)['loss'].detach(), task(Batch([a, b]), 0.)['loss'].detach(), rel=1e-6)
 
 
 def test_gradients_and_the_slow_copy():
@@ -151,9 +151,9 @@ def test_two_processes_are_one_large_batch(tmp_path):
     q.requires_grad_()
     whole = contrast(q, k)
     whole.backward()
-    close(sum(losses)/2, whole.detach())
-    close(torch.cat(grads)/2, q.grad)
-    for centre in centres: close(centre, .1*k.mean(0))
+    assert_close(sum(losses)/2, whole.detach())
+    assert_close(torch.cat(grads)/2, q.grad)
+    for centre in centres: assert_close(centre, .1*k.mean(0))
 
 
 def test_relative_positions_stay_relative():

@@ -1,7 +1,7 @@
 "SemanticMIM on BEiT and on MaskFeat against the official code: hidden states, losses, every gradient, features, attention."
 import pytest
 import torch
-from conftest import close, sub
+from conftest import assert_close, sub
 from official import semanticmim
 from torch import nn
 
@@ -50,32 +50,32 @@ def check_gradients(task, g, head_name):
         if name.endswith('qkv.bias') and 'grad.backbone.layers.0.attn.v_bias' in g:    # the release has no bias on the keys; its gradient is 0
             D = len(want)//3
             grad, want = torch.cat([grad[:D], grad[2*D:]]), torch.cat([want[:D], want[2*D:]])
-        close(grad, want, rel=1e-5)
+        assert_close(grad, want, rel=1e-5)
     for name, p in task.pathway.blocks.named_parameters():
         grad, want = p.grad, blocks[name]
         if name.endswith('kv.bias') and 'grad.backbone.extra_layers.0.attn.v_bias' in g: grad, want = grad[len(want)//2:], want[len(want)//2:]
-        close(grad, want, rel=1e-5)
-    close(task.pathway.mask_token.grad, token, rel=1e-5)
-    for name, p in task.head.named_parameters(): close(p.grad, g[f'grad.{head_name}{name}'], rel=1e-5)
+        assert_close(grad, want, rel=1e-5)
+    assert_close(task.pathway.mask_token.grad, token, rel=1e-5)
+    for name, p in task.head.named_parameters(): assert_close(p.grad, g[f'grad.{head_name}{name}'], rel=1e-5)
 
 
 def test_beit_hidden_loss_gradients(beit):
     g, task = beit
     batch = Batch([g['images'].float()], official_mask(g['img_index'], g['mask_index']))
-    close(task.pathway(batch.views[0], batch.mask), g['hidden'])
-    close(task.predict(batch), g['logits'])
+    assert_close(task.pathway(batch.views[0], batch.mask), g['hidden'])
+    assert_close(task.predict(batch), g['logits'])
     task.zero_grad()
     loss = task(batch, 0.)['loss']
     loss.backward()
-    close(loss.detach(), g['loss'])
+    assert_close(loss.detach(), g['loss'])
     check_gradients(task, g, 'head.cls_head.')
 
 
 def test_beit_separate_masks(beit):
     g, task = beit
     batch = Batch([g['images'].float()], official_mask(g['sep_img_index'], g['sep_mask_index']))
-    close(task.pathway(batch.views[0], batch.mask), g['sep_hidden'])
-    close(task(batch, 0.)['loss'].detach(), g['sep_loss'])
+    assert_close(task.pathway(batch.views[0], batch.mask), g['sep_hidden'])
+    assert_close(task(batch, 0.)['loss'].detach(), g['sep_loss'])
 
 
 @torch.no_grad()
@@ -85,10 +85,10 @@ def test_beit_full_features_and_attention(beit):
     norm = lambda t: nn.functional.layer_norm(t, (32,), g['probe.ln2.weight'], g['probe.ln2.bias'], 1e-6)
     for i, (prefix, patches) in enumerate(block_features(encoder, x)):
         out = torch.cat([prefix, patches], 1)
-        close(encoder.norm(out) if i == 2 else out, g[f'full.block_{i}'])
-        close(norm(patches.mean(1)), g[f'full.avg_{i}'])
-        close(norm(prefix.mean(1)), g[f'full.cls_{i}'])
-    close(attention(encoder, x[:1]), g['full.attn_last'])
+        assert_close(encoder.norm(out) if i == 2 else out, g[f'full.block_{i}'])
+        assert_close(norm(patches.mean(1)), g[f'full.avg_{i}'])
+        assert_close(norm(prefix.mean(1)), g[f'full.cls_{i}'])
+    assert_close(attention(encoder, x[:1]), g['full.attn_last'])
 
 
 def test_maskfeat_hidden_loss_gradients(golden):
@@ -98,13 +98,13 @@ def test_maskfeat_hidden_loss_gradients(golden):
     task = task_from(g, 224, 16, 2, None, 'neck.fc.', 108, Given(full), masked_mse)
     x = (g['images_u8'].float() - MEAN)/STD
     batch = Batch([x], mask)
-    close(task.pathway(x, mask), g['hidden'])
-    close(task.predict(batch), g['pred'])
+    assert_close(task.pathway(x, mask), g['hidden'])
+    assert_close(task.predict(batch), g['pred'])
     loss = task(batch, 0.)['loss']
     loss.backward()
-    close(loss.detach(), g['loss'])
+    assert_close(loss.detach(), g['loss'])
     check_gradients(task, g, 'neck.fc.')
-    with torch.no_grad(): close(task.encoder.eval().forward_features(x[:1]), g['full.block_1'])
+    with torch.no_grad(): assert_close(task.encoder.eval().forward_features(x[:1]), g['full.block_1'])
 
 
 def test_layer_norm_constants(beit):

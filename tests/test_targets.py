@@ -1,7 +1,7 @@
 "Targets: MAE's own vectors, loops, and the one rule that a target sees views[0]."
 import pytest
 import torch
-from conftest import close
+from conftest import assert_close
 
 from mimstudy.core.errors import StudyError
 from mimstudy.core.scenes import scenes
@@ -24,7 +24,7 @@ def test_patches_are_maes(mae):
 def test_losses_are_maes(mae, norm):
     target, hidden = Pixels(8, norm)(Batch([mae['images'].float()])), mae['mask']
     for pred, name in ((mae['pred'], f'loss.norm_pix_{norm}'), (mae['lossonly.pred'], f'lossonly.loss.norm_pix_{norm}')):
-        close(((pred - target).square().mean(-1)*hidden).sum()/hidden.sum(), mae[name])
+        assert_close(((pred - target).square().mean(-1)*hidden).sum()/hidden.sum(), mae[name])
 
 
 def test_patchify_by_loops():

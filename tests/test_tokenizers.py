@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import close, sub
+from conftest import assert_close, sub
 from safetensors.torch import save_file
 
 from mimstudy.core.errors import StudyError
@@ -57,8 +57,8 @@ def test_one_round_by_loops():
         squares = [((row - c)**2).sum().item() for c in centres.double()]
         joined[min(range(5), key=squares.__getitem__)].append(row)
         total += min(squares)
-    close(moved, torch.stack([torch.stack(rows).mean(0) for rows in joined]), rel=1e-6)
-    close(error, total/x.numel(), rel=1e-5)
+    assert_close(moved, torch.stack([torch.stack(rows).mean(0) for rows in joined]), rel=1e-6)
+    assert_close(error, total/x.numel(), rel=1e-5)
 
 
 def test_empty_centres_come_back():
@@ -100,7 +100,7 @@ def test_kmeans_travels_in_the_state_dict(pictures):
 
 def test_dalle_parity(dalle, vectors):
     x = vectors['images_u8'].float()/255
-    close(dalle.logits(x), vectors['logits'])
+    assert_close(dalle.logits(x), vectors['logits'])
     assert dalle.codes(x).equal(vectors['tokens'].long())
     with torch.autocast('cpu', torch.bfloat16): assert dalle.codes(x).equal(vectors['tokens'].long())
 

@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
-from conftest import close
+from conftest import assert_close
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from mimstudy.core.errors import StudyError
@@ -35,12 +35,12 @@ def test_cut_is_torchvisions_antialiased_crop(side, size):
     boxes, flip = crop_boxes(12, *side, (.08, 1.), (3/4, 4/3), seeded(1)), torch.arange(12) % 2 == 1
     for mine, picture, box, mirrored in zip(cut(pictures, boxes, flip, size), pictures, boxes.tolist(), flip):
         twin = tv.resized_crop(picture.float()/255, *box, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-        close(mine, tv.horizontal_flip(twin) if mirrored else twin)
+        assert_close(mine, tv.horizontal_flip(twin) if mirrored else twin)
 
 
 def test_plain_is_a_resize(pictures):
     twin = tv.resize(pictures.float()/255, [40, 40], interpolation=InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-    close(plain(pictures, 40), twin)
+    assert_close(plain(pictures, 40), twin)
     assert torch.equal(plain(pictures, 64), pictures.float()/255)
 
 
@@ -73,10 +73,10 @@ def test_a_picture_too_narrow_for_any_box_gets_the_centred_one():
 
 def test_flip(pictures):
     straight, mirrored = (crop_flip(pictures, 32, flip=p, generator=seeded(3)) for p in (0., 1.))
-    close(mirrored, straight.flip(3))
+    assert_close(mirrored, straight.flip(3))
     some = crop_flip(pictures, 32, flip=.5, generator=seeded(3))
     of = (some - mirrored).abs().amax((1, 2, 3)) < 1e-5
-    close(some[~of], straight[~of])
+    assert_close(some[~of], straight[~of])
     assert 3 <= of.sum() <= 13
 
 
@@ -88,11 +88,11 @@ def test_flip(pictures):
     (colour.blur, lambda a, s: tv.gaussian_blur(a, [17, 17], [s, s]), .1, 2.)], ids=['brightness', 'contrast', 'saturation', 'hue', 'blur'])
 def test_colours_are_torchvisions(x, mine, twin, low, high):
     amount = torch.linspace(low, high, len(x))
-    close(mine(x, amount), torch.stack([twin(a, f) for a, f in zip(x, amount.tolist())]))
+    assert_close(mine(x, amount), torch.stack([twin(a, f) for a, f in zip(x, amount.tolist())]))
 
 
 def test_grey_and_solarize_are_torchvisions(x):
-    close(colour.grey(x), tv.rgb_to_grayscale(x))
+    assert_close(colour.grey(x), tv.rgb_to_grayscale(x))
     assert torch.equal(colour.solarize(x), tv.solarize(x, .5))
 
 
@@ -104,14 +104,14 @@ def test_jitter_is_torchvisions_in_the_same_order(x, order):
     def twin(picture, own):
         for i in order: picture = twins[i](picture, own[i].item())
         return picture
-    close(jitter(x, amounts, order), torch.stack([twin(a, own) for a, own in zip(x, amounts.T)]), 1e-5)
+    assert_close(jitter(x, amounts, order), torch.stack([twin(a, own) for a, own in zip(x, amounts.T)]), 1e-5)
 
 
 def test_amounts_fill_their_range():
     amounts = jitter_amounts(20_000, (.4, .3, .2, .1), seeded())
-    close(amounts.amax(1), torch.tensor([1.4, 1.3, 1.2, .1]), 1e-3)
-    close(amounts.amin(1), torch.tensor([.6, .7, .8, -.1]), 1e-3)
-    close(amounts.std(1), torch.tensor([.4, .3, .2, .1])/3**.5, .02)
+    assert_close(amounts.amax(1), torch.tensor([1.4, 1.3, 1.2, .1]), 1e-3)
+    assert_close(amounts.amin(1), torch.tensor([.6, .7, .8, -.1]), 1e-3)
+    assert_close(amounts.std(1), torch.tensor([.4, .3, .2, .1])/3**.5, .02)
 
 
 @pytest.mark.parametrize('name', ['grey', 'blur', 'solarize', 'jitter'])
@@ -144,8 +144,8 @@ def test_paper_and_release_differ_as_written():
 # -- views ----------------------------------------------------------------------------------------------------------
 
 def test_normalise_is_torchvisions(x):
-    close(normalise(x), tv.normalize(x, [.485, .456, .406], [.229, .224, .225]))
-    close(denormalise(normalise(x)), x)
+    assert_close(normalise(x), tv.normalize(x, [.485, .456, .406], [.229, .224, .225]))
+    assert_close(denormalise(normalise(x)), x)
 
 
 def test_views_are_aligned(pictures):
@@ -194,7 +194,7 @@ def test_a_picture_does_not_meet_its_neighbours(pictures):
     before, after = (Views(32, ('weak', 'strong'))(p, seeded()) for p in (pictures, changed))
     others = torch.arange(16) != 5
     for a, b in zip(before, after):
-        close(b[others], a[others])
+        assert_close(b[others], a[others])
         assert not torch.equal(a[5], b[5])
 
 
@@ -238,7 +238,7 @@ def test_a_gpu_sees_the_same_views_and_is_not_waited_for(pictures, make):
     torch.cuda.set_sync_debug_mode('error')
     try: got = make()(there, seeded())
     finally: torch.cuda.set_sync_debug_mode('default')
-    for a, b in zip(got, expected): close(a.cpu(), b, 1e-4)
+    for a, b in zip(got, expected): assert_close(a.cpu(), b, 1e-4)
 
 
 @pytest.mark.slow
