@@ -18,7 +18,7 @@ from mimstudy.engine.checkpoint import finished, load_finished, recipe_of
 from mimstudy.engine.optimiser import adamw
 from mimstudy.engine.order import Orders, mix
 from mimstudy.engine.recipe import SCALES, VALUES, Recipe
-from mimstudy.engine.schedules import learning_rate
+from mimstudy.engine.schedules import decay_at, learning_rate
 from mimstudy.engine.train import train
 
 
@@ -43,11 +43,12 @@ def test_a_recipe_survives_json():
 
 def test_the_key_depends_on_every_value():
     other = dict(method='x', options=dict(a=1), data='x', size=112, per_class=1, width=384, depth=1, heads=1, patch=8, prefix=2, layer_scale=1., drop_path=.1,
-                 init='beit', positions='relative', mask='block', ratio=.5, unit=2, predict_ratio=.5, tokenizer='kmeans', codes=2, crop=(.5, 1), flip=0, views='jitter', epochs=301,
+                 init='beit', positions='relative', mask='block', ratio=.5, unit=2, predict_ratio=.5, tokenizer='kmeans', codes=2, crop=(.5, 1), flip=0, views='two', locals=2, local_size=112, local_crop=(.1, .4), mlp_drops=2, kept='teacher', weight_decay_end=.4, epochs=301,
                  batch=1, lr=1., min_lr=1., warmup=1., warmup_start=1., betas=(0, 0), eps=1., weight_decay=1., no_decay=(), layer_decay=.5, clip=1.)
     assert set(other) == set(VALUES) - {'name'}
-    keys = [Recipe().but(**{name: value}).key() for name, value in other.items()]
-    assert len({*keys, Recipe().key()}) == len(other) + 1
+    base = Recipe(views='multicrop')   # small crops need it
+    keys = [base.but(**{name: value}).key() for name, value in other.items()]
+    assert len({*keys, base.key()}) == len(other) + 1
     assert Recipe().but(name='other').key() == Recipe().key() == Recipe(sources=dict(lr='elsewhere')).key()
 
 
@@ -62,7 +63,9 @@ def by_hand(recipe, seed=3):
     task, generator, losses = Small(), torch.Generator(), []
     optimiser, orders = adamw(task.train(), recipe), Orders(42, recipe.batch, recipe.epochs, seed)
     for step, (x, labels) in enumerate(pictures().batches(orders)):
-        for group in optimiser.param_groups: group['lr'] = learning_rate(recipe, step, orders.per_epoch)
+        for group in optimiser.param_groups:
+            group['lr'] = learning_rate(recipe, step, orders.per_epoch)
+            if group['weight_decay']: group['weight_decay'] = decay_at(recipe, step, orders.per_epoch)
         generator.manual_seed(mix('feed', seed, step, 0)); torch.manual_seed(mix('model', seed, step, 0))
         loss = task(feed(x, labels, generator), step/orders.steps)['loss']
         loss.backward()
@@ -72,7 +75,8 @@ def by_hand(recipe, seed=3):
     return task, losses
 
 
-@pytest.mark.parametrize('recipe', [RECIPE, RECIPE.but(clip=None), RECIPE.but(clip=.01)], ids=['clip 1', 'no clip', 'clip .01'])
+@pytest.mark.parametrize('recipe', [RECIPE, RECIPE.but(clip=None), RECIPE.but(clip=.01), RECIPE.but(weight_decay_end=.9)],
+                         ids=['clip 1', 'no clip', 'clip .01', 'rising decay'])
 def test_the_loop_computes_what_is_written(recipe):
     task, losses = by_hand(recipe)
     trained = train(Small(), pictures(), feed, recipe, seed=3, device='cpu')

@@ -7,9 +7,9 @@ from conftest import assert_close
 from mimstudy.core.errors import StudyError
 from mimstudy.core.task import Batch
 from mimstudy.methods.dino import dino
-from mimstudy.methods.ibot import chance_mask, ibot, patch_ce
+from mimstudy.methods.ibot import ibot, patch_ce
 from mimstudy.parts.encoder import Encoder
-from mimstudy.parts.masks import gather, mask_from
+from mimstudy.parts.masks import chance_mask, gather, mask_from
 
 
 def encoder_of(prefix=1): return Encoder(size=32, patch=8, width=32, depth=2, heads=2, prefix=prefix)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mimstudy.engine.recipe import Recipe
-from mimstudy.engine.schedules import cosine, cosine_at, layer_scales, learning_rate
+from mimstudy.engine.schedules import cosine, cosine_at, decay_at, layer_scales, learning_rate
 
 
 @pytest.fixture(scope='module')
@@ -47,6 +47,12 @@ def test_layer_scales(curves, name, decay): same(layer_scales(12, decay), curves
 def test_learning_rate_of_a_recipe(curves, change, name, index):
     recipe = Recipe().but(**change)
     same([learning_rate(recipe, int(step), 625) for step in curves[index]], curves[name])
+
+
+def test_weight_decay_of_a_recipe(golden):
+    recipe = Recipe(epochs=4, weight_decay=.04, weight_decay_end=.4, warmup=1)
+    same([decay_at(recipe, step, 3) for step in range(12)], golden('dino')['wd_e4_n3'].numpy())
+    assert {decay_at(recipe.but(weight_decay_end=None), step, 3) for step in range(12)} == {.04}
 
 
 def test_one_step_equals_the_array():

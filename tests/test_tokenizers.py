@@ -10,7 +10,7 @@ from mimstudy.core.errors import StudyError
 from mimstudy.core.scenes import scenes
 from mimstudy.core.task import Batch
 from mimstudy.parts.dvae import DVAE, factors, ladder, soft_choice, temperature
-from mimstudy.parts.tokenizers import DallE, KMeansCodes, lloyd, nearest, read_tensors, sample_patches
+from mimstudy.parts.tokenizers import DallE, KMeansCodes, describe, lloyd, nearest, read_tensors, sample_patches
 from mimstudy.parts.views import normalise
 
 
@@ -85,9 +85,33 @@ def test_kmeans_codes_by_loops(pictures):
     for b in range(2):
         for i in range(4):
             for j in range(4):
-                patch = x[b, :, 8*i:8*i + 8, 8*j:8*j + 8].permute(1, 2, 0).flatten()
+                patch = describe(x[b, :, 8*i:8*i + 8, 8*j:8*j + 8].permute(1, 2, 0).flatten()).float()/255
                 assert ids[b, i, j] == (tokenizer.centres - patch).square().sum(1).argmin()
-    assert tokenizer.codes(tokenizer.redraw(ids)).equal(ids)
+
+
+def test_a_description_by_loops():
+    x = torch.rand(3, 48, generator=seeded()).double()
+    for patch, said in zip(x, describe(x)):
+        pixels = patch.view(16, 3).tolist()
+        mean = [sum(p[c] for p in pixels)/16 for c in range(3)]
+        rest = [[p[c] - mean[c] for c in range(3)] for p in pixels]
+        contrast = (sum(v*v for p in rest for v in p)/48 + .01)**.5
+        expected = [128 + 24*v/contrast for p in rest for v in p] + [48*m for m in mean]
+        assert max(abs(a - b) for a, b in zip(said.tolist(), expected)) <= .5 + 1e-9
+
+
+def test_contrast_and_light_change_a_word_less_than_structure():
+    edges = (torch.arange(8) < 4).float()[:, None, None].expand(8, 8, 3)
+    upright, lying = .3 + .4*edges, .3 + .4*edges.transpose(0, 1)
+    a, fainter, b = (describe(p.flatten()).float() for p in (upright, .4 + .2*edges, lying))
+    assert (a - fainter).norm() < .3*(a - b).norm()
+
+
+def test_a_word_looks_like_the_mean_of_its_patches(pictures):
+    tokenizer = KMeansCodes(6, 8).fit(pictures, seeded(), per_code=30, rounds=2)
+    patches = sample_patches(pictures, 8, 180, seeded())
+    ids = nearest(describe(patches.float()/255).float()/255, tokenizer.centres)[0]
+    for k in ids.unique(): assert_close(tokenizer.looks[k], patches[ids == k].double().mean(0)/255, rel=1e-6)
 
 
 def test_kmeans_travels_in_the_state_dict(pictures):

@@ -181,7 +181,7 @@ def test_one_generator_goes_on(pictures):
 
 def test_every_picture_has_its_own_numbers(pictures):
     same = pictures[3:4].expand(24, -1, -1, -1)
-    for view in Views(32, ('weak', 'strong'), strong='paper')(same, seeded()) + MultiCrop(32, 8, locals=1, local_size=16)(same, seeded()):
+    for view in Views(32, ('weak', 'strong'))(same, seeded()) + MultiCrop(32, 8, locals=1, local_size=16)(same, seeded()):
         assert torch.pdist(view.flatten(1)).min() > .1
     in_place = perturb(same.float()/255, COLOURINGS['jitter'], seeded())
     assert torch.pdist(in_place.flatten(1)).min() > .01
@@ -198,7 +198,7 @@ def test_a_picture_does_not_meet_its_neighbours(pictures):
         assert not torch.equal(a[5], b[5])
 
 
-@pytest.mark.parametrize('kind', ['weak', 'strong', 'jitter', 'plain'])
+@pytest.mark.parametrize('kind', ['weak', 'strong', 'release', 'jitter', 'plain'])
 def test_values_keep_their_range(pictures, kind):
     for seed in range(4):
         view, = Views(48, (kind,))(pictures, seeded(seed))
@@ -222,7 +222,7 @@ def test_multi_crop(pictures):
 
 def test_what_a_user_can_get_wrong():
     for wrong, message in ((lambda: Views(32, ('week',)), 'did you mean weak'), (lambda: Views(32, ('plain', 'weak')), 'not cropped'),
-                           (lambda: Views(32, strong='papers'), 'did you mean paper'), (lambda: MultiCrop(224, 16, locals=2, local_size=100), 'take 96 or 112'),
+                           (lambda: Views(32, ('weak', 'relase')), 'did you mean release'), (lambda: MultiCrop(224, 16, locals=2, local_size=100), 'take 96 or 112'),
                            (lambda: MultiCrop(60, 8), 'take 56 or 64'), (lambda: MultiCrop(64, 8, kinds=('globe1',)), 'did you mean global1')):
         with pytest.raises(StudyError, match=message) as e: wrong()
         assert '\n' not in str(e.value)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATA_SETS', 'IN_MEMORY', 'SCENES', 'PictureSet', 'MemorySet', 'first_of_each', 'DataSet', 'gather_pictures',
            'report_broken', 'read_archive', 'cache_file', 'cached', 'read_folder', 'download', 'make_scenes',
-           'load_set']
+           'known_sets', 'load_set']
 
 # %% ../../nbs/engine/30_pictures.ipynb #dd3bfa1b
 import json
@@ -266,7 +266,13 @@ def make_scenes(
     keep = first_of_each(made.label, per_class)
     return MemorySet(made.pictures[keep], made.label[keep], CLASSES)
 
-# %% ../../nbs/engine/30_pictures.ipynb #bdb72ba0
+# %% ../../nbs/engine/30_pictures.ipynb #4424ca24
+def known_sets()->list[str]:
+    "The names that can be asked for here: declared ones, those of the settings' [data], and what lies in the data folder."
+    known = settings()
+    lying = [f.name.removesuffix('.tar.xz') for f in known.data.glob('*') if f.is_dir() or f.name.endswith('.tar.xz')]
+    return [*DATA_SETS, *sorted({*known.roots, *lying} - {*DATA_SETS})]
+
 def load_set(
     name:str,                  # of `DATA_SETS`, of the settings' [data], or a folder or archive in the data folder
     split:str,                 # 'train', 'val', or the name of a folder
@@ -277,8 +283,7 @@ def load_set(
 )->PictureSet:
     "A set of pictures by its name; a `StudyError` names what is missing."
     known = settings()
-    lying = [f.name.removesuffix('.tar.xz') for f in known.data.glob('*') if f.is_dir() or f.name.endswith('.tar.xz')]
-    choose(name, [*DATA_SETS, *sorted({*known.roots, *lying} - {*DATA_SETS})], 'data set')
+    choose(name, known_sets(), 'data set')
     kind = DATA_SETS[name].kind if name in DATA_SETS else 'local'
     if kind == 'scenes': return make_scenes(split, size, per_class)
     if kind == 'torchvision': return download(name, split, size, per_class, strict)

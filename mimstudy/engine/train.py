@@ -6,7 +6,7 @@
 __all__ = ['Run', 'begin', 'one_step', 'slices_of_a_step', 'row_length', 'write_row', 'state_of', 'to_the_end', 'Trained',
            'train']
 
-# %% ../../nbs/engine/40_train.ipynb #cff3cbe3
+# %% ../../nbs/engine/40_train.ipynb #fec2b63d
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ from .optimiser import adamw
 from .order import Orders, mix
 from .pictures import PictureSet
 from .recipe import Recipe
-from .schedules import learning_rate
+from .schedules import decay_at, learning_rate
 from .signals import Stopping, agree
 
 # %% ../../nbs/engine/40_train.ipynb #d9fbf78a
@@ -82,7 +82,7 @@ def begin(
     journal = Journal(out if accelerator.is_main_process else None, saved['rows'])
     return Run(task, model, optimiser, accelerator, feed, recipe, seed, orders, journal, saved['step'], saved['seconds'])
 
-# %% ../../nbs/engine/40_train.ipynb #ea5a938f
+# %% ../../nbs/engine/40_train.ipynb #fdbd6254
 def one_step(
     run:Run,
     slices:Iterator[tuple[Tensor, Tensor]],  # uint8 pictures (b,3,S,S) and labels (b,), on the device, b pictures at a time
@@ -90,7 +90,10 @@ def one_step(
     "One optimiser step: forward and backward for each slice, clip, update, and the task's own `after_step`."
     accelerator, progress = run.accelerator, run.step/run.steps
     lr = learning_rate(run.recipe, run.step, run.orders.per_epoch)
-    for group in run.optimiser.param_groups: group['lr'] = lr*group.get('lr_scale', 1.)
+    decay = decay_at(run.recipe, run.step, run.orders.per_epoch)
+    for group in run.optimiser.param_groups:
+        group['lr'] = lr*group.get('lr_scale', 1.)
+        if group['weight_decay']: group['weight_decay'] = decay
     run.generator.manual_seed(mix('feed', run.seed, run.step, accelerator.process_index))
     seed_layers(mix('model', run.seed, run.step, accelerator.process_index), accelerator.device)
     values = 0.

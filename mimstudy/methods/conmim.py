@@ -5,26 +5,26 @@
 # %% auto #0
 __all__ = ['conmim']
 
-# %% ../../nbs/methods/conmim.ipynb #0d486d6a
+# %% ../../nbs/methods/conmim.ipynb #17a24999
 from functools import partial
 
 from ..parts.ema import Slow
 from ..parts.encoder import Encoder
-from ..parts.heads import Projector
+from ..parts.heads import Projector, sized
 from ..parts.losses import patch_contrast
 from ..parts.mim import MIM
 from ..parts.pathways import Substitute
 
-# %% ../../nbs/methods/conmim.ipynb #efa92e00
+# %% ../../nbs/methods/conmim.ipynb #1bfd197b
 def conmim(
     encoder:Encoder,
     pathway:type=Substitute,   # the release masks tokens; `Proxy` makes it SemanticMIM's
     tau:float=.1,              # temperature τ (Table 8)
     momentum:float=.996,       # α at the start (Table 9); 0 removes the slow copy (Table 6)
-    hidden:int|None=None,      # width of the projector's inner layers; None: 4096 as in the release, but 4 D for encoders narrower than 384
+    hidden:int|None=None,      # width of the projector's inner layers; None: 4096 as in the release, 4 D under a narrow encoder
     out:int=256,               # width of the space in which patches are compared, as in the release
     slow_mode:str='train',     # 'train' as in the release, or 'eval': batch norm and stochastic depth of the slow copy
 )->MIM:
     "Find each hidden patch among the slow features of its own picture (ConMIM eq. 3)."
-    head = Projector(encoder, hidden or (4096 if encoder.width >= 384 else 4*encoder.width), out)
+    head = Projector(encoder, sized(hidden, encoder, 4096, 4*encoder.width), out)
     return MIM(pathway(encoder), head, Slow(encoder, head, momentum, slow_mode), partial(patch_contrast, tau=tau))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DINO', 'dino']
 
-# %% ../../nbs/methods/dino.ipynb #0a5c4676
+# %% ../../nbs/methods/dino.ipynb #c937ff87
 import torch
 from torch import Tensor
 from ..core.errors import StudyError
@@ -14,16 +14,21 @@ from ..parts.centre import Centre, cross_view_ce, sureness, warm_temperature
 from ..parts.crops import view_features
 from ..parts.encoder import Encoder
 from ..parts.followers import Followers
+from ..parts.heads import sized
 from ..parts.mlp import DINOHead
 
-# %% ../../nbs/methods/dino.ipynb #4c6e7bb3
+# %% ../../nbs/methods/dino.ipynb #358655f3
 class DINO(Task):
     "Say of any crop what a slow copy says of the large ones; options as in `dino`."
-    def __init__(self, encoder, out, tau, taus, warmup, frozen, momentum, centre_momentum, hidden, bottleneck):
+    def __init__(self, encoder, sizes, tau, taus, warmup, frozen, momentum, centre_momentum):
         super().__init__()
+        out, hidden, bottleneck = sizes
         self.encoder, self.head, self.centre = encoder, DINOHead(encoder.width, out, hidden, bottleneck), Centre(out, centre_momentum)
         self.slow = Followers(self, ['encoder', 'head'], momentum, mode='eval')
         self.tau, self.taus, self.warmup, self.frozen = tau, tuple(taus), warmup, frozen
+
+    @property
+    def teacher(self)->Encoder: return self.slow.encoder
 
     @torch.no_grad()
     def teach(self,
@@ -48,18 +53,19 @@ class DINO(Task):
         self.slow.after_step(progress)
         self.centre.after_step()
 
-# %% ../../nbs/methods/dino.ipynb #55877da9
+# %% ../../nbs/methods/dino.ipynb #070fb7fc
 def dino(
     encoder:Encoder,
-    out:int=65536,                        # K, how many words there are
+    out:int|None=None,                    # K, how many words there are; None: 65536, 2048 under a narrow encoder
     tau:float=.1,                         # τ_s, the student's temperature
     taus:tuple[float, float]=(.04, .07),  # τ_t, the teacher's: at the start and after its warm-up
     warmup:float=.1,                      # share of the training that τ_t warms up: 30 of 300 epochs
     frozen:float=1/300,                   # share of the training during which the last layer stands still: 1 epoch
     momentum:float=.996,                  # α at the start
     centre_momentum:float=.9,             # m of the centre; 1 leaves it at zero
-    hidden:int=2048,                      # width of the head's inner layers
-    bottleneck:int=256,                   # width of the space in which the K directions lie
+    hidden:int|None=None,                 # width of the head's inner layers; None: 2048, 4 D under a narrow encoder
+    bottleneck:int|None=None,             # width of the space in which the K directions lie; None: 256, 64 under a narrow encoder
 )->DINO:
     "Self-distillation without labels, from large crops to all crops (DINO)."
-    return DINO(encoder, out, tau, taus, warmup, frozen, momentum, centre_momentum, hidden, bottleneck)
+    sizes = sized(out, encoder, 65536, 2048), sized(hidden, encoder, 2048, 4*encoder.width), sized(bottleneck, encoder, 256, 64)
+    return DINO(encoder, sizes, tau, taus, warmup, frozen, momentum, centre_momentum)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['gather_keys', 'contrast', 'begin', 'MoCoV3', 'mocov3']
 
-# %% ../../nbs/methods/mocov3.ipynb #e57dd21c
+# %% ../../nbs/methods/mocov3.ipynb #75bbcc66
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +14,7 @@ from ..core.task import Batch, Task
 from ..parts.crops import view_features
 from ..parts.encoder import Encoder
 from ..parts.followers import Followers
+from ..parts.heads import sized
 from ..parts.mlp import batch_mlp
 from ..parts.positions import sincos_positions
 from ..parts.visible import xavier
@@ -54,7 +55,7 @@ def begin(
     if fixed_positions and encoder.pos_embed is not None:   # an encoder with relative positions keeps those
         encoder.pos_embed = nn.Parameter(sincos_positions(encoder.width, encoder.grid, encoder.P, first='row'), requires_grad=False)
 
-# %% ../../nbs/methods/mocov3.ipynb #8777182b
+# %% ../../nbs/methods/mocov3.ipynb #92b315c2
 class MoCoV3(Task):
     "Find the other crop of the same picture among all pictures of the batch; options as in `mocov3`."
     def __init__(self, encoder, tau, momentum, hidden, out, freeze_patch_embed, fixed_positions):
@@ -63,6 +64,9 @@ class MoCoV3(Task):
         self.encoder, self.tau = encoder, tau
         self.projector, self.predictor = batch_mlp(3, encoder.width, hidden, out), batch_mlp(2, out, hidden, out)
         self.slow = Followers(self, ['encoder', 'projector'], momentum)
+
+    @property
+    def teacher(self)->Encoder: return self.slow.encoder
 
     def queries(self, views:list[Tensor])->list[Tensor]:
         "What the student makes of each of two views, (B,K); batch norms see one view at a time."
@@ -84,15 +88,15 @@ class MoCoV3(Task):
         "Let the slow copy follow."
         self.slow.after_step(progress)
 
-# %% ../../nbs/methods/mocov3.ipynb #749d86c9
+# %% ../../nbs/methods/mocov3.ipynb #d2d6f95d
 def mocov3(
     encoder:Encoder,
     tau:float=.2,                   # temperature τ, as published for ViTs
     momentum:float=.99,             # α at the start; 0 makes the slow copy the student itself
-    hidden:int=4096,                # width of the inner layers of projector and predictor
+    hidden:int|None=None,           # width of the inner layers of projector and predictor; None: 4096, 4 D under a narrow encoder
     out:int=256,                    # width of queries and keys
     freeze_patch_embed:bool=True,   # leave the random patch projection as it is
     fixed_positions:bool=True,      # fixed sine and cosine positions
 )->MoCoV3:
     "Tell pictures from one another by any of their crops (MoCo v3)."
-    return MoCoV3(encoder, tau, momentum, hidden, out, freeze_patch_embed, fixed_positions)
+    return MoCoV3(encoder, tau, momentum, sized(hidden, encoder, 4096, 4*encoder.width), out, freeze_patch_embed, fixed_positions)

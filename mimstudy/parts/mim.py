@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.task import Batch, Task
 from .encoder import Encoder
 
-# %% ../../nbs/parts/90_mim.ipynb #a0d48982
+# %% ../../nbs/parts/90_mim.ipynb #788fd75d
 class MIM(Task):
     "Masked image modelling: a pathway through the encoder, a head, a target and a criterion (SemanticMIM §3.1)."
     def __init__(self,
@@ -26,6 +26,9 @@ class MIM(Task):
 
     @property
     def encoder(self)->Encoder: return self.pathway.encoder
+
+    @property
+    def teacher(self)->Encoder|None: return getattr(self.target, 'encoder', None)
 
     def predict(self,
         batch:Batch,   # views[0] and the mask

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CrossAttention', 'CrossBlock', 'Proxy']
 
-# %% ../../nbs/parts/25_proxy.ipynb #ac1aa347
+# %% ../../nbs/parts/25_proxy.ipynb #061edea5
 import torch
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .encoder import Encoder, init_blocks
+from .encoder import drop_again, Encoder, init_blocks
 from .masks import Mask, gather
 from .pathways import same_counts, mask_token
 
@@ -35,7 +35,7 @@ class CrossAttention(nn.Module):
         k, v = self.kv(z).reshape(B, T, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, queries, D))
 
-# %% ../../nbs/parts/25_proxy.ipynb #d36f7985
+# %% ../../nbs/parts/25_proxy.ipynb #50c981bc
 class CrossBlock(nn.Module):
     "One layer of reconstruction (SemanticMIM eq. 4), shaped like a timm block."
     def __init__(self,
@@ -44,12 +44,14 @@ class CrossBlock(nn.Module):
         mlp_ratio:float=4.,        # hidden width of the MLP over D
         layer_scale:float|None=None,
         drop_path:float=0.,
+        mlp_drops:int=1,           # how often the MLP branch may be dropped
     ):
         super().__init__()
         scale = lambda: LayerScale(width, init_values=layer_scale) if layer_scale else nn.Identity()
         self.norm1, self.attn, self.ls1 = nn.LayerNorm(width, eps=1e-6), CrossAttention(width, heads), scale()
         self.norm2, self.mlp, self.ls2 = nn.LayerNorm(width, eps=1e-6), Mlp(width, int(width*mlp_ratio)), scale()
-        self.drop = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop_path1, self.drop_path2 = (DropPath(drop_path) if drop_path else nn.Identity() for _ in range(2))
+        drop_again([self], mlp_drops)
 
     def forward(self,
         m:Tensor,        # (B,M,D) mask tokens
@@ -57,10 +59,10 @@ class CrossBlock(nn.Module):
     )->Tensor:           # (B,M,D)
         "Update the mask tokens from the proxies and from themselves."
         z = self.norm1(torch.cat([proxies, m.to(proxies.dtype)], 1))
-        m = m + self.drop(self.ls1(self.attn(z, m.shape[1])))
-        return m + self.drop(self.ls2(self.mlp(self.norm2(m))))
+        m = m + self.drop_path1(self.ls1(self.attn(z, m.shape[1])))
+        return m + self.drop_path2(self.ls2(self.mlp(self.norm2(m))))
 
-# %% ../../nbs/parts/25_proxy.ipynb #c136f037
+# %% ../../nbs/parts/25_proxy.ipynb #9683625d
 class Proxy(nn.Module):
     "Compression in the encoder, reconstruction in a cross-attention stack of equal depth (SemanticMIM eq. 3 and 4)."
     def __init__(self,
@@ -69,7 +71,7 @@ class Proxy(nn.Module):
         super().__init__()
         c = encoder.config
         self.encoder, self.width, self.mask_token = encoder, encoder.width, mask_token(encoder)
-        self.blocks = nn.ModuleList(CrossBlock(c['width'], c['heads'], c['mlp_ratio'], c['layer_scale'], rate)
+        self.blocks = nn.ModuleList(CrossBlock(c['width'], c['heads'], c['mlp_ratio'], c['layer_scale'], rate, c['mlp_drops'])
                                     for rate in torch.linspace(0, c['drop_path'], c['depth']).tolist())
         init_blocks(self.blocks, c['init'])
 

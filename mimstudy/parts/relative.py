@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['RelativeEncoder']
 
-# %% ../../nbs/parts/14_relative.ipynb #a15e2726
+# %% ../../nbs/parts/14_relative.ipynb #949f8729
 from timm.models.beit import Beit
 from torch import Tensor
 from ..core.errors import StudyError
-from .encoder import Doors, check_shape, init_encoder
+from .encoder import Doors, check_shape, drop_again, init_encoder
 
-# %% ../../nbs/parts/14_relative.ipynb #37162992
+# %% ../../nbs/parts/14_relative.ipynb #5b29d46d
 class RelativeEncoder(Doors, Beit):
     "timm's BEiT with one relative position bias for all blocks and no absolute positions (ConMIM's release)."
     def __init__(self,
@@ -25,6 +25,7 @@ class RelativeEncoder(Doors, Beit):
         layer_scale:float|None=.1,     # initial layer scale
         mlp_ratio:float=4.,            # hidden width of the MLP over D
         init:str='conmim',             # one of `parts.encoder.INITS`
+        mlp_drops:int=1,               # how often each MLP branch may be dropped
     ):
         check_shape(size, patch, width, heads)
         if prefix != 1: raise StudyError(f'relative positions know one [CLS], not {prefix} prefix tokens; proxies need absolute positions')
@@ -32,8 +33,9 @@ class RelativeEncoder(Doors, Beit):
                          global_pool='token', drop_path_rate=drop_path, init_values=layer_scale,
                          use_abs_pos_emb=False, use_shared_rel_pos_bias=True)
         self.config = dict(size=size, patch=patch, width=width, depth=depth, heads=heads, prefix=prefix, drop_path=drop_path,
-                           layer_scale=layer_scale, mlp_ratio=mlp_ratio, init=init)
+                           layer_scale=layer_scale, mlp_ratio=mlp_ratio, init=init, mlp_drops=mlp_drops)
         init_encoder(self, init)
+        drop_again(self.blocks, mlp_drops)
 
     def encode(self,
         z:Tensor,     # (B,P+N,D) the tokens of whole pictures

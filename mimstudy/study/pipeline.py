@@ -6,7 +6,7 @@
 __all__ = ['Workplace', 'Pretrained', 'pretrain', 'evaluation_settings', 'measure', 'show_log', 'show_blocks', 'show_attention',
            'write_figures']
 
-# %% ../../nbs/study/35_pipeline.ipynb #dc395eec
+# %% ../../nbs/study/35_pipeline.ipynb #24fe7649
 import time
 from inspect import signature
 from pathlib import Path
@@ -21,13 +21,14 @@ from ..analysis.figures import attention_figure, found_encoders
 from ..core.scenes import scenes
 from ..core.settings import pick_device, settings
 from ..core.show import show_curves, show_maps
+from ..engine.folders import Crop
 from ..engine.pictures import load_set
 from ..engine.train import peak_memory, train
 from ..evaluate.catalogue import PROTOCOLS, evaluate
 from ..evaluate.linear import PENALTIES, STEPS
 from ..parts.encoder import Encoder, attention
 from ..parts.views import normalise, plain
-from .build import build_encoder, build_feed, build_task
+from .build import build_encoder, build_feed, build_task, kept_encoder
 from .render import pages
 from .results import Results, record, save_encoder
 from .tables import TABLES, Experiment
@@ -55,7 +56,7 @@ class Pretrained(NamedTuple):
     images_per_second: float|None=None
     peak_memory: int|None=None       # bytes
 
-# %% ../../nbs/study/35_pipeline.ipynb #f2c57cfa
+# %% ../../nbs/study/35_pipeline.ipynb #6f20e324
 def pretrain(
     experiment:Experiment,
     results:Results,         # where its run's folder lies
@@ -64,11 +65,13 @@ def pretrain(
     e, recipe, known = experiment, experiment.recipe, settings()
     if e.features == 'pixels': return Pretrained(None)
     if e.features == 'random': return Pretrained(build_encoder(recipe, e.seed).eval())
-    pictures = load_set(recipe.data, 'train', recipe.size, recipe.per_class)
+    one_crop = None if recipe.views in ('two', 'multicrop') else Crop(recipe.crop, flip=recipe.flip, seed=e.seed)
+    pictures = load_set(recipe.data, 'train', recipe.size, recipe.per_class, crop=one_crop)
     task, out = build_task(recipe, pictures, e.seed), results.run_folder(e.train_id)
-    done = train(task, pictures, build_feed(recipe), recipe, out, e.seed, known.device, known.precision)
-    save_encoder(task.encoder, out, e.values)
-    return Pretrained(task.encoder, done.history, done.steps*recipe.batch, done.seconds, done.images_per_second, done.peak_memory)
+    done = train(task, pictures, build_feed(recipe, pictures), recipe, out, e.seed, known.device, known.precision)
+    encoder = kept_encoder(recipe, task)
+    save_encoder(encoder, out, e.values)
+    return Pretrained(encoder, done.history, done.steps*recipe.batch, done.seconds, done.images_per_second, done.peak_memory)
 
 # %% ../../nbs/study/35_pipeline.ipynb #914200a9
 def evaluation_settings(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONMIM_SOURCES', 'CONMIM', 'CONMIM_B16_300', 'CONMIM_S16_300', 'SEMANTIC_SOURCES', 'BEIT', 'MASKFEAT', 'SIMMIM',
-           'RECIPES', 'stands', 'with_proxies', 'recipe']
+           'NEVER', 'WHOLE', 'ALONE', 'MAE', 'MOCOV3', 'DINO', 'IBOT', 'DEIT', 'RECIPES', 'stands', 'with_proxies',
+           'published', 'any_proxies', 'recipe']
 
 # %% ../../nbs/study/00_recipes.ipynb #c378f568
 from dataclasses import fields, replace
@@ -20,7 +21,7 @@ def stands(
     "Say of several values at once where they were read."
     return dict.fromkeys(names, source)
 
-# %% ../../nbs/study/00_recipes.ipynb #98d1eb48
+# %% ../../nbs/study/00_recipes.ipynb #e1ff9886
 CONMIM_SOURCES = {
     **stands('ConMIM Table 10', 'width', 'depth', 'heads', 'patch', 'size', 'epochs', 'eps', 'weight_decay', 'min_lr', 'drop_path'),
     **stands('ConMIM eq. (3)', 'method'),
@@ -29,8 +30,9 @@ CONMIM_SOURCES = {
     **stands('ConMIM Table 7: random is best; the release hides random units too (its default is block-wise)', 'mask'),
     **stands('ConMIM Table 10: masking patch size 32 px for ViT-B, 16 px for ViT-S; the release fixes 32 px for both', 'unit'),
     **stands('ConMIM eq. (3): what is hidden is predicted', 'predict_ratio'),
-    **stands('not used by ConMIM', 'tokenizer', 'codes', 'layer_decay'),
-    **stands('ConMIM §4: weak for the corrupted picture, strong for the full one; the release adds random greyscale', 'views'),
+    **stands('not used by ConMIM', 'tokenizer', 'codes', 'layer_decay', 'mlp_drops', 'locals', 'local_size', 'local_crop', 'weight_decay_end'),
+    **stands('ConMIM §5: the pre-trained model; the release fine-tunes the slow copy', 'kept'),
+    **stands('ConMIM §4 and Table 10: weak for the corrupted picture, strong for the full one; the release jitters .8 of them and adds random greyscale', 'views'),
     **stands('ConMIM Table 10 names crop, Algorithm 1 shares it; the range is the release\'s', 'crop'),
     **stands('ConMIM §4 names the flip; the probability is the release\'s', 'flip'),
     **stands('ConMIM Table 10; the release takes it as it is, whatever the batch', 'lr', 'batch'),
@@ -55,7 +57,7 @@ CONMIM_B16_300 = replace(CONMIM, name='conmim_b16_300', epochs=300,
     sources=CONMIM_SOURCES | stands('ConMIM §5.4: ablations train ViT-B/16 for 300 epochs', 'epochs'))
 CONMIM_S16_300 = replace(CONMIM, name='conmim_s16_300', epochs=300, width=384, heads=6, drop_path=.1, unit=1)
 
-# %% ../../nbs/study/00_recipes.ipynb #d54e1d6a
+# %% ../../nbs/study/00_recipes.ipynb #90f60a4d
 SEMANTIC_SOURCES = {
     **stands('SemanticMIM Table 2', 'epochs', 'batch', 'eps', 'betas', 'lr', 'min_lr', 'warmup', 'weight_decay', 'crop', 'flip'),
     **stands('SemanticMIM §4.1', 'data', 'per_class', 'size', 'width', 'depth', 'heads', 'patch'),
@@ -68,9 +70,10 @@ SEMANTIC_SOURCES = {
     **stands('defaults of the method', 'options'),
     **stands('SemanticMIM release', 'layer_scale', 'init', 'warmup_start'),
     **stands('SemanticMIM release; cls_token here is cls_token and reg_token', 'no_decay'),
-    **stands('SemanticMIM Table 2: .1; the release drops the MLP branch of BEiT twice', 'drop_path'),
+    **stands('SemanticMIM Table 2: .1; the release drops the MLP branch of BEiT twice', 'drop_path', 'mlp_drops'),
     **stands('SemanticMIM Table 2', 'clip'),
-    **stands('not used in pre-training', 'layer_decay'),
+    **stands('not used in pre-training', 'layer_decay', 'locals', 'local_size', 'local_crop', 'weight_decay_end'),
+    **stands('there is one network', 'kept'),
 }
 
 # %% ../../nbs/study/00_recipes.ipynb #ad131acb
@@ -95,7 +98,7 @@ def with_proxies(
     said = stands('SemanticMIM eq. (3) and (4)', 'method') | stands(f'SemanticMIM §4.1: .6, 8 proxies; {release}', 'ratio', 'prefix')
     return replace(recipe, name=f'semanticmim_{recipe.name}', method=f'semanticmim({recipe.method})', ratio=.6, prefix=8, sources=recipe.sources | said)
 
-# %% ../../nbs/study/00_recipes.ipynb #e05ff4c8
+# %% ../../nbs/study/00_recipes.ipynb #5b5cc959
 SIMMIM = Recipe(name='simmim', method='simmim', data='imagenet', size=224, width=768, depth=12, heads=12, patch=16, prefix=1,
     layer_scale=.1, drop_path=.1, init='conmim', positions='relative', mask='random', ratio=.6, unit=2, crop=(.67, 1.), flip=.5, views='weak',
     epochs=800, batch=2048, lr=4e-4, min_lr=2e-5, warmup=10, warmup_start=.005, betas=(.9, .999), eps=1e-8, weight_decay=.05,
@@ -103,12 +106,66 @@ SIMMIM = Recipe(name='simmim', method='simmim', data='imagenet', size=224, width
     sources=stands('SimMIM release, ViT-B for 800 epochs', *(f.name for f in fields(Recipe) if f.name not in ('name', 'sources')))
     | stands('SimMIM release, times 4: its rates are for a batch of 512', 'lr', 'min_lr')
     | stands('SimMIM release, which draws and rescales its weights as ConMIM\'s does', 'init')
-    | stands('not used by SimMIM', 'tokenizer', 'codes', 'predict_ratio', 'layer_decay'))
+    | stands('not used by SimMIM', 'tokenizer', 'codes', 'predict_ratio', 'layer_decay', 'mlp_drops', 'locals', 'local_size', 'local_crop', 'weight_decay_end')
+    | stands('there is one network', 'kept'))
 
-# %% ../../nbs/study/00_recipes.ipynb #9d07e4b4
+# %% ../../nbs/study/00_recipes.ipynb #f4ca4d50
+NEVER = ('unit', 'predict_ratio', 'tokenizer', 'codes', 'layer_decay', 'mlp_drops', 'layer_scale')
+
+def published(
+    source:str,        # where all of it stands, unless `said` knows better
+    said:dict,         # name of a value -> where that one stands
+    unused:tuple=(),   # values that the method does not read, besides `NEVER`
+    **values,
+)->Recipe:
+    "A recipe of ViT-B/16 from one source, and the exceptions."
+    names = [f.name for f in fields(Recipe) if f.name not in ('name', 'sources')]
+    return Recipe(sources=stands(source, *names) | stands('not used by this method', *NEVER, *unused) | said, **values)
+
+# %% ../../nbs/study/00_recipes.ipynb #88cbb82e
+WHOLE = ('mask', 'ratio')                                # of no use where nothing is hidden
+ALONE = ('locals', 'local_size', 'local_crop')           # of no use without small crops
+
+MAE = published('MAE release and Table 8', dict(lr='MAE Table 8: 1.5e-4 for a batch of 256, times 16', init='drawn by the method, as in the release',
+        kept='there is one network', no_decay='MAE release: only 1-D values'), (*ALONE, 'weight_decay_end'),
+    name='mae', method='mae', ratio=.75, crop=(.2, 1.), views='weak', epochs=800, batch=4096, lr=2.4e-3, min_lr=0., warmup=40, betas=(.9, .95),
+    weight_decay=.05, no_decay=(), clip=None)
+
+MOCOV3 = published('MoCo v3 release, ViT-B', dict(lr='MoCo v3 release: 1.5e-4 for a batch of 256, times 16', init='drawn by the method, as in the release',
+        views='MoCo v3 release: two crops, the second sometimes solarised', no_decay='MoCo v3 release decays everything; 1-D values never are, here',
+        kept='MoCo v3 release: the base encoder'), (*WHOLE, *ALONE, 'weight_decay_end'),
+    name='mocov3', method='mocov3', crop=(.08, 1.), views='two', epochs=300, batch=4096, lr=2.4e-3, min_lr=0., warmup=40, betas=(.9, .999),
+    weight_decay=.1, no_decay=(), clip=None)
+
+DINO = published('DINO release, its defaults', dict(lr='DINO release: 5e-4 for a batch of 256, times 4', batch='DINO: 1024', epochs='as the other systems',
+        kept='DINO: the teacher is better', no_decay='DINO release: only 1-D values', options='DINO: τ of the teacher from .04 to .07 in 30 epochs, one epoch frozen'), WHOLE,
+    name='dino', method='dino', crop=(.4, 1.), views='multicrop', locals=8, local_size=96, local_crop=(.05, .4), drop_path=.1,
+    epochs=300, batch=1024, lr=2e-3, min_lr=1e-6, warmup=10, weight_decay=.04, weight_decay_end=.4, no_decay=(), clip=3., kept='teacher')
+
+IBOT = replace(DINO, name='ibot', method='ibot', mask='chance', crop=(.25, 1.), local_crop=(.05, .25), locals=10,
+    sources=DINO.sources | stands('iBOT release, its published command for ViT-S/16', 'crop', 'local_crop', 'locals', 'options')
+    | stands('iBOT: half of the crops, .1 to .5 of each in blocks', 'mask') | stands('not used: the masks have their own ratios', 'ratio')
+    | stands('iBOT: the teacher', 'kept'))
+
+DEIT = published('DeiT release, ViT-B', dict(lr='DeiT release: 5e-4 for a batch of 512, times 2', options='DeiT: mixup .8, cutmix 1, smoothing .1',
+        views='crop and flip; DeiT\'s RandAugment, random erasing and repeated augmentation are not used here', kept='there is one network',
+        prefix='DeiT: one [CLS]'), (*WHOLE, *ALONE, 'weight_decay_end'),
+    name='deit', method='deit', crop=(.08, 1.), views='weak', drop_path=.1, epochs=300, batch=1024, lr=1e-3, min_lr=1e-5, warmup=5,
+    warmup_start=1e-3, weight_decay=.05, clip=None)
+
+# %% ../../nbs/study/00_recipes.ipynb #c86b1e2a
+def any_proxies(
+    recipe:Recipe,   # SimMIM's, MAE's or ConMIM's
+)->Recipe:
+    "The same training through proxies, for a method that SemanticMIM names and does not show."
+    plain = replace(recipe, positions='absolute', sources=recipe.sources | stands('proxies need absolute positions', 'positions'))
+    return with_proxies(plain, 'no release')
+
+# %% ../../nbs/study/00_recipes.ipynb #af438ad5
 RECIPES = {r.name: r for r in (
     CONMIM_S16_300, CONMIM_B16_300, CONMIM, BEIT, with_proxies(BEIT, 'the release configures 1 proxy'),
-    MASKFEAT, with_proxies(MASKFEAT, 'the release hides .8'), SIMMIM)}
+    MASKFEAT, with_proxies(MASKFEAT, 'the release hides .8'), SIMMIM, MAE, *map(any_proxies, (SIMMIM, MAE, CONMIM_B16_300)),
+    MOCOV3, DINO, IBOT, DEIT)}
 
 def recipe(
     name:str,   # one of `RECIPES`
