@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIMS', 'OTHERS', 'METHODS', 'GIVEN', 'PATHWAYS', 'method_options', 'needs', 'build']
 
-# %% ../../nbs/methods/catalogue.ipynb #e90365fb
+# %% ../../nbs/methods/catalogue.ipynb #a6f131bb
 from inspect import signature
 
 from ..core.errors import choose
@@ -21,15 +21,15 @@ from .mocov3 import mocov3
 from .semanticmim import semanticmim
 from .simmim import simmim
 from ..parts.encoder import Encoder
-from ..parts.pathways import Joint, Substitute
+from ..parts.pathways import Joint, Paint, Substitute
 from ..parts.proxy import Proxy
 
-# %% ../../nbs/methods/catalogue.ipynb #b827e8d4
+# %% ../../nbs/methods/catalogue.ipynb #38699e40
 MIMS = (simmim, mae, maskfeat, beit, conmim)
 OTHERS = (mocov3, dino, ibot, deit)
 METHODS = {m.__name__: m for m in (*MIMS, *map(semanticmim, MIMS), *OTHERS)}
 GIVEN = ('tokenizer', 'classes')   # what comes from the data, not from a recipe
-PATHWAYS = {'substitute': Substitute, 'joint': Joint, 'proxy': Proxy}
+PATHWAYS = {'substitute': Substitute, 'paint': Paint, 'joint': Joint, 'proxy': Proxy}
 
 # %% ../../nbs/methods/catalogue.ipynb #78be66e9
 def method_options(
