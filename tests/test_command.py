@@ -35,7 +35,7 @@ def test_list_rows_are_grouped_by_table():
     ('run semanticmim-t1 --rows biet --dry-run', 'did you mean beit'),
     ('run semanticmim-t1 --scale labtop --dry-run', 'did you mean laptop'),
     ('run semanticmim-t1 --data cifar10-jpg --dry-run', 'did you mean cifar10-jpeg'),
-    ('status conmim-t9', 'did you mean conmim-t8'),
+    ('status conmim-t10', 'did you mean conmim-t'),
     ('bench --methods conmin', 'did you mean conmim'),
     ('bench --encoder vit_smal_patch16_224', 'did you mean')])
 def test_a_mistake_is_one_line_and_two(words, said, tmp_path):

@@ -10,7 +10,7 @@ from statistics import median
 
 import pytest
 
-from mimstudy.study.render import MARKERS, readme_block, write_tables
+from mimstudy.study.pages import MARKERS, readme_block, write_tables
 from mimstudy.study.results import Results
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,7 +21,8 @@ from mimstudy.parts.relative import RelativeEncoder
 from mimstudy.study import evidence as noise
 from mimstudy.study.evidence import binomial, evidence, spread
 from mimstudy.study.recipes import RECIPES, recipe
-from mimstudy.study.render import MARKERS, conclusions, page, pages, readme_block, render, render_blocks, write_readme, write_tables
+from mimstudy.study.pages import MARKERS, page, pages, readme_block, write_readme, write_tables
+from mimstudy.study.render import conclusions, overview, render, render_blocks
 from mimstudy.study.results import FIELDS, Results, commit, load_encoder, provenance, put_whole, record, save_encoder
 from mimstudy.study.tables import TABLES, Row, Table, experiment
 
@@ -44,6 +45,15 @@ PUBLISHED = {  # transcribed from ConMIM Table 10 and SemanticMIM Table 2 and se
                      weight_decay=.05, crop=(.5, 1), flip=.5, views='weak', ratio=.4, prefix=1, mask='random', unit=1, size=224, layer_scale=None),
     'semanticmim_maskfeat': dict(ratio=.6, prefix=8, lr=1.6e-3, clip=.02, views='weak', method='semanticmim(maskfeat)'),
     'simmim': dict(ratio=.6, unit=2, crop=(.67, 1), lr=4e-4, min_lr=2e-5, batch=2048, clip=5),
+    'semanticmim_simmim': dict(ratio=.6, prefix=8, positions='absolute', method='semanticmim(simmim)', clip=5),
+    'mae': dict(ratio=.75, crop=(.2, 1), lr=1.5e-4*16, batch=4096, warmup=40, betas=(.9, .95), weight_decay=.05, clip=None, epochs=800),
+    'semanticmim_mae': dict(ratio=.6, prefix=8, method='semanticmim(mae)', betas=(.9, .95)),
+    'semanticmim_conmim_b16_300': dict(ratio=.6, prefix=8, positions='absolute', method='semanticmim(conmim)', views='weak,strong'),
+    'mocov3': dict(views='two', crop=(.08, 1), lr=1.5e-4*16, batch=4096, weight_decay=.1, warmup=40, epochs=300, kept='student'),
+    'dino': dict(views='multicrop', crop=(.4, 1), locals=8, local_crop=(.05, .4), local_size=96, lr=5e-4*4, batch=1024, weight_decay=.04, weight_decay_end=.4,
+                 min_lr=1e-6, clip=3, drop_path=.1, kept='teacher'),
+    'ibot': dict(views='multicrop', crop=(.25, 1), locals=10, local_crop=(.05, .25), mask='chance', weight_decay_end=.4, kept='teacher'),
+    'deit': dict(views='weak', crop=(.08, 1), lr=5e-4*2, batch=1024, weight_decay=.05, warmup=5, drop_path=.1, min_lr=1e-5),
 }
 
 
@@ -374,8 +384,24 @@ def expected_difference(ours, base):
     return f'{mean(d):+.1f} [{mean(d) - half:+.1f}, {mean(d) + half:+.1f}]', mean(d) if abs(mean(d)) > half else 0
 
 
-def test_every_number_of_a_page_has_its_source(filled):
+COMPARED = [t for t in TABLES.values() if any(row.paper for row in t.rows)]
+
+
+def test_every_number_of_an_overview_has_its_source(filled):
     for table in TABLES.values():
+        (head, *lines), = tables_in(overview(table, evidence(table, filled, 'laptop')))
+        columns = [c for c in table.columns if c.measure]
+        assert len(head) == len(columns) + 3 and [line[0] for line in lines] == [r.label for r in table.rows]
+        for row, line in zip(table.rows, lines, strict=True):
+            for column, cell in zip(columns, line[1:], strict=False):
+                protocol = column.measure.split('/')[0]
+                key = column.measure if row.features != 'pixels' else '' if 'prefix' in column.measure else f'{protocol}/0/pixels'
+                found = by_seed(filled.root, table.name, row.name, protocol, key) if key else {}
+                assert cell.split(', block')[0] == (expected_cell(found) if key else '—')
+
+
+def test_every_number_of_a_page_has_its_source(filled):
+    for table in COMPARED:
         text, walked = render(table, filled, 'laptop'), 0
         found = tables_in(text)
         columns = [c for c in table.columns if c.measure]
@@ -405,7 +431,7 @@ def test_every_number_of_a_page_has_its_source(filled):
                 assert cells[1:] == [f'{row.paper[c.name]:.{table.digits}f}' if c.name in row.paper else '—' for c in unmeasured]
                 walked += sum(bool(re.search(r'\d', c)) for c in cells[1:])
         shown = [c for head, *lines in found for line in lines for c in line[1:] if re.search(r'\d', c) and c not in {r.label for r in table.rows}]
-        assert walked == len(shown) > 20, 'no cell with a number was passed over'
+        assert walked == len(shown) > 15, 'no cell with a number was passed over'
 
 
 def test_every_number_of_the_block_tables_has_its_source(filled):
@@ -420,7 +446,7 @@ def test_every_number_of_the_block_tables_has_its_source(filled):
 
 
 def test_every_number_of_the_sentences_stands_in_a_table(filled):
-    for table in TABLES.values():
+    for table in COMPARED:
         differences = ' '.join(c for head, *lines in tables_in(render(table, filled, 'laptop')) for line in lines for c in line)
         for said in conclusions(table, filled, 'laptop'):
             if said.startswith('Not run'): continue
@@ -434,7 +460,8 @@ def test_a_table_without_records_says_not_run(tmp_path):
     for table in TABLES.values():
         text = render(table, Results(tmp_path), 'laptop')
         for column, (head, *lines) in zip([c for c in table.columns if c.measure], tables_in(text), strict=False):
-            assert {line[2] for line in lines} <= {'not run', '—'} and {line[5] for line in lines} == {'—'}
+            if table in COMPARED: assert {line[2] for line in lines} <= {'not run', '—'} and {line[5] for line in lines} == {'—'}
+            else: assert {cell for line in lines for cell in line[1:]} == {'not run', '—'}
         assert 'not run' in text.splitlines()[2] and not render_blocks(table, Results(tmp_path), 'laptop')
         assert conclusions(table, Results(tmp_path), 'laptop') == [f'Not run: {", ".join(r.label for r in table.rows)}.']
     assert pages(Results(tmp_path)) == [] and 'Nothing above smoke' in readme_block(Results(tmp_path))
@@ -461,7 +488,7 @@ def test_scales_data_and_earlier_values_are_not_mixed(filled):
 
 def test_differing_settings_are_said(filled):
     assert 'differing' not in render(TABLES['semanticmim-t1'], filled, 'laptop')
-    filled.add(filled.find(row='beit')[0] | dict(evaluation=dict(epochs=1)))
+    filled.add(filled.find(table='semanticmim-t1', row='beit')[0] | dict(evaluation=dict(epochs=1)))
     assert '**evaluated with differing settings**' in render(TABLES['semanticmim-t1'], filled, 'laptop')
 
 

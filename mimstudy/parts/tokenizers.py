@@ -71,7 +71,7 @@ def lloyd(
         moved[empty] = x[drawn.to(x.device)].float()/255
     return moved, far.mean()/x.shape[1]
 
-# %% ../../nbs/parts/72_tokenizers.ipynb #34449c04
+# %% ../../nbs/parts/72_tokenizers.ipynb #3912064e
 class KMeansCodes(nn.Module):
     "A tokenizer whose code is the nearest of `vocabulary` kinds of patches, compared at equal contrast."
     def __init__(self,
@@ -101,10 +101,8 @@ class KMeansCodes(nn.Module):
         return self
 
     @torch.no_grad()
-    def codes(self,
-        x:Tensor,   # (B,3,S,S) pictures in [0,1]
-    )->Tensor:      # (B,S/stride,S/stride) long
-        "The code of every patch."
+    def codes(self, x:Tensor)->Tensor:
+        "The code (B,S/stride,S/stride) of every patch of pictures (B,3,S,S) in [0,1]."
         (b, c, h, w), p = x.shape, self.stride
         x = x.float().reshape(b, c, h//p, p, w//p, p).permute(0, 2, 4, 3, 5, 1).reshape(-1, c*p*p)
         return torch.cat([nearest(describe(part).float()/255, self.centres)[0] for part in _slices(x, self.centres)]).view(b, h//p, w//p)

@@ -109,14 +109,14 @@ def summary(
     found = [s.status for s in steps]
     return ', '.join(f'{found.count(kind)} {kind}' for kind in ('done', 'resumable', 'missing') if kind in found)
 
-# %% ../../nbs/study/50_command.ipynb #ba119758
+# %% ../../nbs/study/50_command.ipynb #09065026
 def remake(
     results,         # the store
 )->list[Path]:       # the files that were written
     "Write the pages of all tables, and the figures of which encoders are here; beside another store's tables, not in the checkout."
     from mimstudy.core.settings import settings
     from mimstudy.study.pipeline import write_figures
-    from mimstudy.study.render import write_tables
+    from mimstudy.study.pages import write_tables
     figures = settings().figures if results.root.resolve() == settings().results else results.root/'figures'
     return write_tables(results) + write_figures(results, figures)
 
@@ -174,7 +174,7 @@ def show_status(
         for e, status in steps:
             typer.echo(f'  {runner.title(e):32} {status}{": " + runner.far(e, store) if status == "resumable" else ""}')
 
-# %% ../../nbs/study/50_command.ipynb #e7aee9b8
+# %% ../../nbs/study/50_command.ipynb #ee0d8dd3
 @app.command()
 def report(
     results:Folder=None,
@@ -182,7 +182,7 @@ def report(
     "Make tables, figures and the README's results again from the records."
     from mimstudy.core.settings import settings
     from mimstudy.study.processes import CHECKOUT
-    from mimstudy.study.render import write_readme
+    from mimstudy.study.pages import write_readme
     from mimstudy.study.results import Results
     store = Results(results)
     made, readme = remake(store), CHECKOUT/'README.md'

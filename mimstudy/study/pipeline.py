@@ -6,7 +6,7 @@
 __all__ = ['Workplace', 'Pretrained', 'pretrain', 'evaluation_settings', 'measure', 'show_log', 'show_blocks', 'show_attention',
            'write_figures']
 
-# %% ../../nbs/study/35_pipeline.ipynb #24fe7649
+# %% ../../nbs/study/35_pipeline.ipynb #2ed5f6f6
 import time
 from inspect import signature
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..evaluate.linear import PENALTIES, STEPS
 from ..parts.encoder import Encoder, attention
 from ..parts.views import normalise, plain
 from .build import build_encoder, build_feed, build_task, kept_encoder
-from .render import pages
+from .pages import pages
 from .results import Results, record, save_encoder
 from .tables import TABLES, Experiment
 

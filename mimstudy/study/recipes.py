@@ -21,7 +21,7 @@ def stands(
     "Say of several values at once where they were read."
     return dict.fromkeys(names, source)
 
-# %% ../../nbs/study/00_recipes.ipynb #e1ff9886
+# %% ../../nbs/study/00_recipes.ipynb #c1641901
 CONMIM_SOURCES = {
     **stands('ConMIM Table 10', 'width', 'depth', 'heads', 'patch', 'size', 'epochs', 'eps', 'weight_decay', 'min_lr', 'drop_path'),
     **stands('ConMIM eq. (3)', 'method'),
@@ -30,9 +30,10 @@ CONMIM_SOURCES = {
     **stands('ConMIM Table 7: random is best; the release hides random units too (its default is block-wise)', 'mask'),
     **stands('ConMIM Table 10: masking patch size 32 px for ViT-B, 16 px for ViT-S; the release fixes 32 px for both', 'unit'),
     **stands('ConMIM eq. (3): what is hidden is predicted', 'predict_ratio'),
-    **stands('not used by ConMIM', 'tokenizer', 'codes', 'layer_decay', 'mlp_drops', 'locals', 'local_size', 'local_crop', 'weight_decay_end'),
+    **stands('not used by ConMIM', 'tokenizer', 'codes', 'layer_decay', 'mlp_drops', 'weight_decay_end'),
+    **stands('not used by ConMIM, whose views are of one crop', 'locals', 'local_size', 'local_crop'),
     **stands('ConMIM §5: the pre-trained model; the release fine-tunes the slow copy', 'kept'),
-    **stands('ConMIM §4 and Table 10: weak for the corrupted picture, strong for the full one; the release jitters .8 of them and adds random greyscale', 'views'),
+    **stands('ConMIM §4, Table 10: weak for the corrupted picture, strong for the full one; the release jitters .8 of them and adds greyscale', 'views'),
     **stands('ConMIM Table 10 names crop, Algorithm 1 shares it; the range is the release\'s', 'crop'),
     **stands('ConMIM §4 names the flip; the probability is the release\'s', 'flip'),
     **stands('ConMIM Table 10; the release takes it as it is, whatever the batch', 'lr', 'batch'),
@@ -122,7 +123,7 @@ def published(
     names = [f.name for f in fields(Recipe) if f.name not in ('name', 'sources')]
     return Recipe(sources=stands(source, *names) | stands('not used by this method', *NEVER, *unused) | said, **values)
 
-# %% ../../nbs/study/00_recipes.ipynb #88cbb82e
+# %% ../../nbs/study/00_recipes.ipynb #ccf2e684
 WHOLE = ('mask', 'ratio')                                # of no use where nothing is hidden
 ALONE = ('locals', 'local_size', 'local_crop')           # of no use without small crops
 
@@ -138,7 +139,8 @@ MOCOV3 = published('MoCo v3 release, ViT-B', dict(lr='MoCo v3 release: 1.5e-4 fo
     weight_decay=.1, no_decay=(), clip=None)
 
 DINO = published('DINO release, its defaults', dict(lr='DINO release: 5e-4 for a batch of 256, times 4', batch='DINO: 1024', epochs='as the other systems',
-        kept='DINO: the teacher is better', no_decay='DINO release: only 1-D values', options='DINO: τ of the teacher from .04 to .07 in 30 epochs, one epoch frozen'), WHOLE,
+        kept='DINO: the teacher is better', no_decay='DINO release: only 1-D values',
+        options='DINO: τ of the teacher from .04 to .07 in 30 epochs, one epoch frozen'), WHOLE,
     name='dino', method='dino', crop=(.4, 1.), views='multicrop', locals=8, local_size=96, local_crop=(.05, .4), drop_path=.1,
     epochs=300, batch=1024, lr=2e-3, min_lr=1e-6, warmup=10, weight_decay=.04, weight_decay_end=.4, no_decay=(), clip=3., kept='teacher')
 
