@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Features', 'evaluating', 'collect', 'raw_pixels', 'flat_scores']
 
-# %% ../../nbs/evaluate/features.ipynb #c310698b
+# %% ../../nbs/evaluate/features.ipynb #2365d3b3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -14,6 +14,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from ..core.errors import choose
 from ..engine.pictures import PictureSet
 from ..parts.encoder import block_features
 from ..parts.views import normalise, plain
@@ -38,19 +39,22 @@ def evaluating(
     finally:
         for part, mode in modes.items(): part.training = mode
 
-# %% ../../nbs/evaluate/features.ipynb #e94251b2
+# %% ../../nbs/evaluate/features.ipynb #4cd73240
 def collect(
     encoder:VisionTransformer,   # any timm vision transformer; moved to `device`
     pictures:PictureSet,         # n labelled pictures
     device:torch.device|str,     # where to compute, and where the features stay
     batch:int=256,               # pictures at a time; changes nothing but memory
     size:int|None=None,          # side in pixels to show the pictures at; by default the encoder's own
+    statistics:str='imagenet',   # how colours are normalised; the release of SemanticMIM probes BEiT with 'inception'
+    frozen:str='eval',           # mode of the frozen blocks; 'train' leaves stochastic depth on, as that release does
 )->Features:
-    "Every block's mean prefix token and mean patch token for every picture, from one unmasked pass in evaluation mode."
+    "Every block's mean prefix token and mean patch token for every picture, from one unmasked pass without gradients."
     size, means, labels = size or encoder.patch_embed.img_size[0], [], []
     with evaluating(encoder.to(device)):
+        encoder.train(choose(frozen, ('eval', 'train'), 'mode of the frozen blocks') == 'train')
         for x, y in pictures.batches(torch.arange(len(pictures)).split(batch)):
-            blocks = block_features(encoder, normalise(plain(x.to(device), size)))
+            blocks = block_features(encoder, normalise(plain(x.to(device), size), statistics))
             means.append(torch.stack([torch.stack([prefix.mean(1), patches.mean(1)]) for prefix, patches in blocks]))
             labels.append(y)
     means = torch.cat(means, 2)                                          # (blocks,2,n,D)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['conmim']
 
-# %% ../../nbs/methods/conmim.ipynb #4251b2c3
+# %% ../../nbs/methods/conmim.ipynb #976501f1
 from functools import partial
 
+from torch import nn
 from ..core.errors import choose
 from ..parts.dictionaries import DICTIONARIES
 from ..parts.ema import Slow
@@ -16,7 +17,7 @@ from ..parts.heads import Projector, sized
 from ..parts.mim import MIM
 from ..parts.pathways import Substitute
 
-# %% ../../nbs/methods/conmim.ipynb #771b3dc1
+# %% ../../nbs/methods/conmim.ipynb #7ebb9907
 def conmim(
     encoder:Encoder,
     pathway:type=Substitute,   # the release masks tokens; `Proxy` makes it SemanticMIM's
@@ -24,11 +25,12 @@ def conmim(
     momentum:float=.996,       # α at the start (Table 9); 0 removes the slow copy (Table 6)
     hidden:int|None=None,      # width of the projector's inner layers; None: 4096 as in the release, 4 D under a narrow encoder
     out:int=256,               # width of the space in which patches are compared, as in the release
+    projector:bool=True,       # §4; False compares the features of the backbone itself, as Algorithm 1 reads
     slow_mode:str='train',     # 'train' as in the release, or 'eval': batch norm and stochastic depth of the slow copy
     dictionary:str='picture',  # 'picture' (eq. 3), 'device' or 'filtered' (Table 5), or 'instance' (Table 4)
     similar:float=.9,          # the threshold of 'filtered': negatives with a greater cosine with the anchor are left out
 )->MIM:
     "Find each hidden patch among the slow features of its own picture (ConMIM eq. 3)."
-    head = Projector(encoder, sized(hidden, encoder, 4096, 4*encoder.width), out)
+    head = Projector(encoder, sized(hidden, encoder, 4096, 4*encoder.width), out) if projector else nn.Identity()
     lookup = partial(DICTIONARIES[choose(dictionary, DICTIONARIES, 'dictionary')], tau=tau, **(dict(similar=similar) if dictionary == 'filtered' else {}))
     return MIM(pathway(encoder), head, Slow(encoder, head, momentum, slow_mode), lookup)

@@ -22,7 +22,7 @@ def cosine_momentum(
     "The momentum coefficient on its cosine way from `start` to 1."
     return 1 - (1 - start)*(1 + math.cos(math.pi*progress))/2
 
-# %% ../../nbs/parts/50_ema.ipynb #bbbde5d3
+# %% ../../nbs/parts/50_ema.ipynb #c3fe2371
 def slow_copy(
     fast:nn.Module,   # the network to follow
 )->nn.Module:
@@ -37,6 +37,7 @@ def follow(
 )->None:
     "Move the parameters of `slow` towards those of `fast`: θ̃ ← α θ̃ + (1 − α) θ."
     theirs, ours = [p.detach() for p in fast.parameters()], list(slow.parameters())
+    if not ours: return   # a head without weights
     torch._foreach_mul_(ours, momentum)
     torch._foreach_add_(ours, [p.float() for p in theirs], alpha=1 - momentum)
 

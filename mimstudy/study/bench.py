@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['bench_recipe', 'step_of', 'bare_step', 'method_step', 'widen_head', 'PeakMemory', 'bench']
 
-# %% ../../nbs/study/60_bench.ipynb #3c91fea8
+# %% ../../nbs/study/60_bench.ipynb #8783d5f7
+import ctypes
 import gc
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -22,25 +24,25 @@ from ..core.settings import pick_device, pick_precision
 from ..engine.optimiser import adamw
 from ..engine.pictures import MemorySet
 from ..engine.recipe import Recipe
+from .recipes import RECIPES
 from ..methods.catalogue import METHODS
 from ..parts.encoder import Encoder
 from .build import build_feed, build_task
 
-# %% ../../nbs/study/60_bench.ipynb #b8c234bd
+# %% ../../nbs/study/60_bench.ipynb #8fca4ff2
 def bench_recipe(
     method:str,     # a name of the catalogue
     encoder:str,    # a timm vision transformer, e.g. 'vit_small_patch16_224'
     batch:int,
 )->Recipe:
-    "A recipe of `method` on the shape of a timm model, with the papers' masks."
+    "The published recipe of `method` on the shape of a timm model."
     model = timm.create_model(choose(encoder, timm.list_models('vit_*'), 'timm vision transformer'), num_classes=0)
-    proxies, contrast = method.startswith('semanticmim'), 'conmim' in method
-    ratio = .75 if contrast else .6 if proxies or method == 'simmim' else .4
-    return Recipe(name='bench', method=method, size=model.patch_embed.img_size[0], patch=model.patch_embed.patch_size[0], width=model.embed_dim,
-                  depth=len(model.blocks), heads=model.blocks[0].attn.num_heads, prefix=8 if proxies else 1, batch=batch, ratio=ratio,
-                  unit=2 if contrast else 1, views='weak,strong' if contrast else 'weak', tokenizer='kmeans', codes=8192)
+    patch, published = model.patch_embed.patch_size[0], {r.method: r for r in RECIPES.values()}[method]
+    return published.but(name='bench', size=model.patch_embed.img_size[0], patch=patch, width=model.embed_dim, depth=len(model.blocks),
+                         heads=model.blocks[0].attn.num_heads, batch=batch, local_size=round(published.local_size/patch)*patch, positions='absolute',
+                         layer_scale=None, drop_path=0., tokenizer='kmeans', codes=8192)
 
-# %% ../../nbs/study/60_bench.ipynb #bc4e6baf
+# %% ../../nbs/study/60_bench.ipynb #43664b0e
 def step_of(
     loss:Callable,        # () -> scalar
     optimiser,            # steps after backward
@@ -66,27 +68,27 @@ def method_step(recipe:Recipe, device:torch.device, precision:str)->tuple[Callab
     "One step of a method on one fixed batch, and the function that makes such a batch."
     n = max(64, recipe.batch)
     noise = torch.randint(0, 256, (n, 3, recipe.size, recipe.size), dtype=torch.uint8)
-    pictures = MemorySet(noise, torch.zeros(n, dtype=torch.long), ['any'])
+    pictures = MemorySet(noise, torch.arange(n), [str(i) for i in range(1000)])
     small = recipe.but(codes=64)   # fitting 8,192 codes on noise would take longer than the benchmark
     task = build_task(small, pictures).to(device)
     widen_head(task, recipe.codes)
-    feed, few = build_feed(recipe), pictures.pictures[:recipe.batch].to(device)
-    make = lambda: feed(few, None, torch.Generator().manual_seed(0))
+    feed, few, labels = build_feed(recipe), pictures.pictures[:recipe.batch].to(device), pictures.labels[:recipe.batch].to(device)
+    make = lambda: feed(few, labels, torch.Generator().manual_seed(0))
     batch = make()
     def loss():
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'): return task(batch, 0.)['loss']
     return step_of(loss, adamw(task, recipe), lambda: task.after_step(0.)), make
 
-# %% ../../nbs/study/60_bench.ipynb #4b6e49aa
+# %% ../../nbs/study/60_bench.ipynb #5d0e6e85
 def widen_head(
     task,           # a method
     codes:int,      # K, the classes the head should have
 )->None:
     "Give a head that predicts codes its full number of classes."
-    if hasattr(task.target, 'tokenizer'):
+    if hasattr(getattr(task, 'target', None), 'tokenizer'):
         task.head = torch.nn.Linear(task.head.in_features, codes).to(task.head.weight.device)
 
-# %% ../../nbs/study/60_bench.ipynb #b7896adb
+# %% ../../nbs/study/60_bench.ipynb #9397e30f
 class PeakMemory:
     "The rise of memory, in MiB, while the block runs: the allocator's count on CUDA, resident memory elsewhere."
     def __init__(self,
@@ -101,6 +103,7 @@ class PeakMemory:
 
     def __enter__(self):
         gc.collect()
+        if (give_back := getattr(ctypes.CDLL(None), 'malloc_trim', None)): give_back(0)   # glibc has it
         if self.device.type == 'cuda': torch.cuda.reset_peak_memory_stats(); self.start = torch.cuda.memory_allocated()
         else:
             self.start = self.top = self._resident()
@@ -113,7 +116,7 @@ class PeakMemory:
         else: self.watching = False; self.thread.join()
         self.mib = (self.top - self.start)/2**20
 
-# %% ../../nbs/study/60_bench.ipynb #c51288da
+# %% ../../nbs/study/60_bench.ipynb #fedbe870
 def _seconds(step, device):
     "The duration of one step, with the device waited for."
     start = time.perf_counter()
@@ -122,9 +125,13 @@ def _seconds(step, device):
     return time.perf_counter() - start
 
 def _flops(step):
-    "Floating-point operations of one step, as PyTorch counts them."
+    "Floating-point operations of one step, as PyTorch counts them, and the shares of the encoder and of its slow copy."
     with FlopCounterMode(display=False) as counter: step()
-    return counter.get_total_flops()
+    total, shares = counter.get_total_flops(), dict(student=0, slow=0)
+    for name, counts in counter.get_flop_counts().items():
+        if re.search(r'encoder\.(patch_embed|blocks\.\d+)$', name):
+            shares['slow' if re.search(r'\.(slow|target)\.', name) else 'student'] += sum(counts.values())/total
+    return total, shares
 
 def bench(
     encoder:str='vit_small_patch16_224',  # a timm vision transformer
@@ -139,12 +146,13 @@ def bench(
     precision, rows = pick_precision(precision, device), []
     for method in methods or list(METHODS):
         recipe = bench_recipe(choose(method, METHODS, 'method'), encoder, batch)
-        with PeakMemory(device) as bare_peak: bare = bare_step(recipe, device, precision); bare(); bare_flops = _flops(bare)
-        with PeakMemory(device) as peak: step, make = method_step(recipe, device, precision); step(); flops = _flops(step)
+        with PeakMemory(device) as bare_peak: bare = bare_step(recipe, device, precision); bare(); bare_flops, _ = _flops(bare)
+        with PeakMemory(device) as peak: step, make = method_step(recipe, device, precision); step(); flops, shares = _flops(step)
         times = [(_seconds(bare, device), _seconds(step, device), _seconds(make, device)) for _ in range(steps + 1)][1:]
         alone, ours, views = (median(t) for t in zip(*times))
         ratio = median(b/a for a, b, _ in times)
         rows.append({'method': method, 'images/s': batch/ours, 'bare images/s': batch/alone, 'time ratio': ratio, 'FLOP ratio': flops/bare_flops,
-                     'over FLOPs': ratio*bare_flops/flops, 'views share': views/ours, 'peak MiB': peak.mib, 'bare peak MiB': bare_peak.mib})
+                     'over FLOPs': ratio*bare_flops/flops, 'encoder %': 100*shares['student'], 'slow %': 100*shares['slow'],
+                     'rest %': 100 - 100*sum(shares.values()), 'views share': views/ours, 'peak MiB': peak.mib, 'bare peak MiB': bare_peak.mib})
         del step, make, bare
     return pd.DataFrame(rows).set_index('method')
