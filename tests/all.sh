@@ -19,10 +19,10 @@ ruff check mimstudy tests
 say "every notebook, cell by cell"
 OMP_NUM_THREADS=1 nbdev-test --n-workers 2
 
-say "one row through papermill, at smoke scale"
+say "every method through papermill, at smoke scale"
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-mimstudy run semanticmim-t1 --scale smoke --rows beit --results "$out"
+mimstudy run all-methods --scale smoke --jobs 2 --results "$out"
 
 say "pytest"
 python -m pytest

@@ -15,7 +15,7 @@ from ..parts.encoder import Encoder
 from ..parts.mim import MIM
 from ..parts.proxy import Proxy
 
-# %% ../../nbs/methods/semanticmim.ipynb #9269f14d
+# %% ../../nbs/methods/semanticmim.ipynb #d3e390d9
 def semanticmim(
     method:Callable,   # the constructor of a masked-image-modelling method, with an option `pathway`
 )->Callable:           # the constructor of the same method with proxies
@@ -24,6 +24,7 @@ def semanticmim(
     @wraps(method)
     def with_proxies(encoder:Encoder, **options)->MIM: return method(encoder, pathway=Proxy, **options)
     with_proxies.__name__ = f'semanticmim({method.__name__})'
+    with_proxies.__doc__ = f'Through proxies: {method.__doc__}'
     parameters = [p for p in signature(method).parameters.values() if p.name != 'pathway']
     with_proxies.__signature__ = signature(method).replace(parameters=parameters)
     return with_proxies
