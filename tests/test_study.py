@@ -53,6 +53,7 @@ PUBLISHED = {  # transcribed from ConMIM Table 10 and SemanticMIM Table 2 and se
     'dino': dict(views='multicrop', crop=(.4, 1), locals=8, local_crop=(.05, .4), local_size=96, lr=5e-4*4, batch=1024, weight_decay=.04, weight_decay_end=.4,
                  min_lr=1e-6, clip=3, drop_path=.1, kept='teacher'),
     'ibot': dict(views='multicrop', crop=(.25, 1), locals=10, local_crop=(.05, .25), mask='chance', weight_decay_end=.4, kept='teacher'),
+    'cim': dict(ratio=.5, tokenizer='kmeans', views='weak', epochs=300, batch=2048),
     'deit': dict(views='weak', crop=(.08, 1), lr=5e-4*2, batch=1024, weight_decay=.05, warmup=5, drop_path=.1, min_lr=1e-5),
 }
 

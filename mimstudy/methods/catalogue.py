@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MIMS', 'OTHERS', 'METHODS', 'GIVEN', 'PATHWAYS', 'method_options', 'needs', 'build']
 
-# %% ../../nbs/methods/catalogue.ipynb #a6f131bb
+# %% ../../nbs/methods/catalogue.ipynb #31b60e64
 from inspect import signature
 
 from ..core.errors import choose
 from ..core.task import Task
 from .beit import beit
+from .cim import cim
 from .conmim import conmim
 from .deit import deit
 from .dino import dino
@@ -24,9 +25,9 @@ from ..parts.encoder import Encoder
 from ..parts.pathways import Joint, Paint, Substitute
 from ..parts.proxy import Proxy
 
-# %% ../../nbs/methods/catalogue.ipynb #38699e40
+# %% ../../nbs/methods/catalogue.ipynb #403073fe
 MIMS = (simmim, mae, maskfeat, beit, conmim)
-OTHERS = (mocov3, dino, ibot, deit)
+OTHERS = (cim, mocov3, dino, ibot, deit)
 METHODS = {m.__name__: m for m in (*MIMS, *map(semanticmim, MIMS), *OTHERS)}
 GIVEN = ('tokenizer', 'classes')   # what comes from the data, not from a recipe
 PATHWAYS = {'substitute': Substitute, 'paint': Paint, 'joint': Joint, 'proxy': Proxy}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONMIM_SOURCES', 'CONMIM', 'CONMIM_B16_300', 'CONMIM_S16_300', 'SEMANTIC_SOURCES', 'BEIT', 'MASKFEAT', 'SIMMIM',
-           'NEVER', 'WHOLE', 'ALONE', 'MAE', 'MOCOV3', 'DINO', 'IBOT', 'DEIT', 'RECIPES', 'stands', 'with_proxies',
-           'published', 'any_proxies', 'recipe']
+           'NEVER', 'WHOLE', 'ALONE', 'MAE', 'MOCOV3', 'DINO', 'IBOT', 'CIM', 'DEIT', 'RECIPES', 'stands',
+           'with_proxies', 'published', 'any_proxies', 'recipe']
 
 # %% ../../nbs/study/00_recipes.ipynb #c378f568
 from dataclasses import fields, replace
@@ -123,7 +123,7 @@ def published(
     names = [f.name for f in fields(Recipe) if f.name not in ('name', 'sources')]
     return Recipe(sources=stands(source, *names) | stands('not used by this method', *NEVER, *unused) | said, **values)
 
-# %% ../../nbs/study/00_recipes.ipynb #ccf2e684
+# %% ../../nbs/study/00_recipes.ipynb #e989a341
 WHOLE = ('mask', 'ratio')                                # of no use where nothing is hidden
 ALONE = ('locals', 'local_size', 'local_crop')           # of no use without small crops
 
@@ -149,6 +149,13 @@ IBOT = replace(DINO, name='ibot', method='ibot', mask='chance', crop=(.25, 1.), 
     | stands('iBOT: half of the crops, .1 to .5 of each in blocks', 'mask') | stands('not used: the masks have their own ratios', 'ratio')
     | stands('iBOT: the teacher', 'kept'))
 
+CIM = published('CIM: trained as BEiT, whose recipe SemanticMIM Table 2 gives; its own hyper-parameters could not be confirmed',
+    dict(ratio='CIM hides about half of the patches from its generator', options='defaults of the method', kept='CIM: the enhancer',
+        init='BEiT\'s', tokenizer='CIM: DALL-E\'s dVAE, whose decoder is needed too; k-means codes have one of their own',
+        codes='as many as the dVAE\'s'), (*ALONE, 'weight_decay_end'),
+    name='cim', method='cim', ratio=.5, init='beit', tokenizer='kmeans', codes=8192, crop=(.08, 1.), views='weak', drop_path=.1, epochs=300, batch=2048,
+    lr=1.5e-3, min_lr=1e-5, warmup=10, betas=(.9, .98), clip=3.)
+
 DEIT = published('DeiT release, ViT-B', dict(lr='DeiT release: 5e-4 for a batch of 512, times 2', options='DeiT: mixup .8, cutmix 1, smoothing .1',
         views='crop and flip; DeiT\'s RandAugment, random erasing and repeated augmentation are not used here', kept='there is one network',
         prefix='DeiT: one [CLS]'), (*WHOLE, *ALONE, 'weight_decay_end'),
@@ -163,11 +170,11 @@ def any_proxies(
     plain = replace(recipe, positions='absolute', sources=recipe.sources | stands('proxies need absolute positions', 'positions'))
     return with_proxies(plain, 'no release')
 
-# %% ../../nbs/study/00_recipes.ipynb #af438ad5
+# %% ../../nbs/study/00_recipes.ipynb #6feda463
 RECIPES = {r.name: r for r in (
     CONMIM_S16_300, CONMIM_B16_300, CONMIM, BEIT, with_proxies(BEIT, 'the release configures 1 proxy'),
     MASKFEAT, with_proxies(MASKFEAT, 'the release hides .8'), SIMMIM, MAE, *map(any_proxies, (SIMMIM, MAE, CONMIM_B16_300)),
-    MOCOV3, DINO, IBOT, DEIT)}
+    CIM, MOCOV3, DINO, IBOT, DEIT)}
 
 def recipe(
     name:str,   # one of `RECIPES`
