@@ -45,7 +45,7 @@ def local_norm(
         var = (F.avg_pool2d(padded.square(), window, 1) - mean.square()).clamp(min=0)
         return (x - mean)/(var + 1e-2).sqrt()
 
-# %% ../../nbs/methods/cim.ipynb #42c9dbd1
+# %% ../../nbs/methods/cim.ipynb #f5de8843
 class CIM(Task):
     "A generator that corrupts pictures, and an encoder that sees through it; options as in `cim`."
     def __init__(self, encoder:Encoder, tokenizer:nn.Module, generator:Encoder, restore:str, window:int, weight:float):
@@ -58,17 +58,13 @@ class CIM(Task):
         self.head = nn.Linear(encoder.width, 3*encoder.patch**2 if restore == 'pixels' else 1)
         nn.init.trunc_normal_(self.head.weight, std=.02), nn.init.zeros_(self.head.bias)
 
-    def predict(self,
-        batch:Batch,   # views[0] and the mask
-    )->Tensor:         # (B,M,K)
-        "What the generator says of the hidden patches."
+    def predict(self, batch:Batch)->Tensor:
+        "What the generator says of the hidden patches, (B,M,K)."
         return self.words(self.generator.select(self.generator(batch.views[0], batch.mask), batch.mask))
 
     @torch.no_grad()
-    def redraw(self,
-        words:Tensor,   # (B,N)
-    )->Tensor:          # (B,3,S,S) normalised
-        "The picture that the words describe, at the encoder's size."
+    def redraw(self, words:Tensor)->Tensor:
+        "The picture (B,3,S,S) that words (B,N) describe, normalised, at the encoder's size."
         h, w = self.encoder.grid
         with torch.autocast(words.device.type, enabled=False): x = self.codes.tokenizer.redraw(words.view(-1, h, w)).float()
         size = [h*self.encoder.patch, w*self.encoder.patch]
