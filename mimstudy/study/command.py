@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANY', 'app', 'Scale', 'Data', 'Seeds', 'Rows', 'Folder', 'LISTS', 'Commands', 'spread', 'Spreading', 'listing',
-           'list_names', 'near', 'summary', 'remake', 'finished', 'run', 'show_status', 'report', 'show_bench']
+           'list_names', 'near', 'summary', 'remake', 'finished', 'run', 'show_status', 'report', 'show_bench',
+           'export', 'import_file']
 
 # %% ../../nbs/study/50_command.ipynb #e4718e30
 import os
@@ -67,7 +68,7 @@ Seeds = Annotated[list[int], typer.Option(help='one or more seeds: --seeds 0 1 2
 Rows = Annotated[list[str], typer.Option(help='some rows of the table: --rows beit maskfeat', show_default='all')]
 Folder = Annotated[Path|None, typer.Option('--results', help='where records and runs go', show_default='settings.ini [study] results')]
 
-# %% ../../nbs/study/50_command.ipynb #5458614e
+# %% ../../nbs/study/50_command.ipynb #fa363e5c
 def listing(
     what:str,    # one of `LISTS`
 )->list[str]:
@@ -80,8 +81,8 @@ def listing(
         from mimstudy.methods.catalogue import METHODS
         return [f'{name:24} {method.__doc__}' for name, method in METHODS.items()]
     if what == 'data':
-        from mimstudy.engine.pictures import DATA_SETS
-        return [f'{name:24} {about.note}' for name, about in DATA_SETS.items()]
+        from mimstudy.engine.pictures import DATA_SETS, known_sets
+        return [f'{name:24} {DATA_SETS[name].note if name in DATA_SETS else "lies in the data folder"}' for name in known_sets()]
     from mimstudy.study.render import CLAIMS
     return [f'{name:24} {claim}' for name, claim in CLAIMS.items()]
 
@@ -190,14 +191,43 @@ def report(
     for file in made: typer.echo(near(file))
     if not made: typer.echo(f'there are no records below {near(store.root)}; make some with mimstudy run')
 
-# %% ../../nbs/study/50_command.ipynb #3e02173b
+# %% ../../nbs/study/50_command.ipynb #5e37f842
 @app.command('bench', cls=Spreading)
 def show_bench(
     encoder:Annotated[str, typer.Option(help='a timm vision transformer')]='vit_small_patch16_224',
     batch:Annotated[int, typer.Option(min=1, help='pictures a step')]=8,
     methods:Annotated[list[str], typer.Option(help='some methods: --methods beit conmim', show_default='all')]=(),
-    steps:Annotated[int, typer.Option(min=1, help='timed steps of each kind')]=10,
+    steps:Annotated[int, typer.Option(min=1, help='timed steps of each kind')]=10, results:Folder=None,
 ):
     "Measure what each method's training step costs beside a bare encoder's."
-    from mimstudy.study.bench import bench
-    typer.echo(bench(encoder, batch, list(methods), steps).round(2).to_string())
+    from mimstudy.study.bench import bench, save_bench
+    from mimstudy.study.results import Results
+    table = bench(encoder, batch, list(methods), steps)
+    typer.echo(table.round(2).to_string())
+    typer.echo(near(save_bench(table, Results(results), encoder, batch)))
+
+# %% ../../nbs/study/50_command.ipynb #c964630b
+@app.command('export')
+def export(
+    checkpoint:Annotated[Path, typer.Argument(help="a run's folder under results/runs, or its encoder.safetensors")],
+    folder:Annotated[Path, typer.Argument(help='the folder to make')],
+):
+    "Write a trained encoder for timm: model.safetensors and config.json."
+    from mimstudy.study.exchange import export_encoder
+    typer.echo(near(export_encoder(checkpoint, folder)))
+    typer.echo(f"timm.create_model('local-dir:{folder}', pretrained=True) opens it")
+
+@app.command('import')
+def import_file(
+    file:Annotated[Path, typer.Argument(help='a checkpoint of ConMIM, SemanticMIM, BEiT, MAE, MoCo v3, DINO, iBOT or any timm vision transformer')],
+    part:Annotated[str, typer.Option(help='which network of a checkpoint that holds two: teacher or student')]='teacher',
+    heads:Annotated[int, typer.Option(min=0, help='attention heads, where the weights do not tell', show_default='read or guessed')]=0,
+    to:Annotated[Path|None, typer.Option(help='write the encoder for timm into this folder')]=None,
+):
+    "Open a checkpoint from elsewhere; show what matched, what was left out and why."
+    from mimstudy.study.exchange import import_encoder, write_timm
+    found = import_encoder(file, part, heads)
+    shape = ', '.join(f'{k} {v}' for k, v in found.encoder.config.items() if k in ('size', 'patch', 'width', 'depth', 'heads', 'prefix'))
+    typer.echo(f'{len(found.matched)} tensors matched: {shape}')
+    for name, why in found.left_out.items(): typer.echo(f'left out  {name}: {why}')
+    if to: typer.echo(near(write_timm(found.encoder, to, dict(source=file.name))))
