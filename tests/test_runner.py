@@ -60,7 +60,7 @@ def test_plan(tmp_path):
     assert [s.experiment.seed for s in steps] == [0]*5 + [1]*5 and {s.status for s in steps} == {'missing'}
     assert [s.experiment.row for s in steps[:5]] == [r.name for r in TABLES['conmim-t8'].rows]
     assert len(runner.plan('conmim-t8', ['tau=0.1', 'tau=0.1'], 'smoke', results=Results(tmp_path))) == 1
-    for wrong in (('conmim-t9',), ('conmim-t8', ['tau=1']), ('conmim-t8', [], 'smoke', 'nothing')):
+    for wrong in (('conmim-t99',), ('conmim-t8', ['tau=1']), ('conmim-t8', [], 'smoke', 'nothing')):
         with pytest.raises(StudyError): runner.plan(*wrong, results=Results(tmp_path))
 
 

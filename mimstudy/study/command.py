@@ -191,7 +191,7 @@ def report(
     for file in made: typer.echo(near(file))
     if not made: typer.echo(f'there are no records below {near(store.root)}; make some with mimstudy run')
 
-# %% ../../nbs/study/50_command.ipynb #5e37f842
+# %% ../../nbs/study/50_command.ipynb #1041ae62
 @app.command('bench', cls=Spreading)
 def show_bench(
     encoder:Annotated[str, typer.Option(help='a timm vision transformer')]='vit_small_patch16_224',
@@ -202,7 +202,7 @@ def show_bench(
     "Measure what each method's training step costs beside a bare encoder's."
     from mimstudy.study.bench import bench, save_bench
     from mimstudy.study.results import Results
-    table = bench(encoder, batch, list(methods), steps)
+    table = bench(encoder, batch, list(methods), steps, heard=typer.echo)
     typer.echo(table.round(2).to_string())
     typer.echo(near(save_bench(table, Results(results), encoder, batch)))
 
