@@ -13,6 +13,7 @@ from mimstudy.engine.schedules import learning_rate
 from mimstudy.engine.train import train
 from mimstudy.evaluate.catalogue import PROTOCOLS
 from mimstudy.evaluate.features import collect
+from mimstudy.evaluate.segmentation import mean_iou
 from mimstudy.parts.encoder import Encoder
 from mimstudy.parts.pathways import Paint, Substitute
 from mimstudy.parts.proxy import Proxy
@@ -22,6 +23,7 @@ from mimstudy.study.ledger import LEDGER, NOT_BUILT, default, ledger, thrown
 from mimstudy.study.tables import SEMANTICMIM_T1
 
 SCENES = scenes(24, size=32, seed=3)
+HALF = torch.diag(torch.tensor([5, 7, 0, 0]))   # pixels of two classes of four, all found
 SET = MemorySet(SCENES.pictures, SCENES.label, ['any']*12)
 
 
@@ -91,6 +93,7 @@ MEASURES = {
                                 == ['linear/7/prefix', 'linear/12/prefix'],
     ('SemanticMIM', 5): lambda: probe(frozen='eval').equal(probe(frozen='eval')) and not probe(frozen='train').equal(probe(frozen='eval')),
     ('SemanticMIM', 8): lambda: not probe(statistics='imagenet').equal(probe(statistics='inception')),
+    ('SemanticMIM', 10): lambda: 2*mean_iou(HALF, 'zero') == mean_iou(HALF, 'skip') == mean_iou(HALF) == 100,
     ('SemanticMIM', 15): lambda: {'linear/best/prefix', 'linear/best/patch'} < {c.measure for c in SEMANTICMIM_T1.columns},
 }
 IDS = [f'{p.source} {p.number}' for p in LEDGER]
