@@ -855,6 +855,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'mimstudy.study.render.block_line': ('study/render.html#block_line', 'mimstudy/study/render.py'),
                                        'mimstudy.study.render.compared': ('study/render.html#compared', 'mimstudy/study/render.py'),
                                        'mimstudy.study.render.conclusions': ('study/render.html#conclusions', 'mimstudy/study/render.py'),
+                                       'mimstudy.study.render.differences': ('study/render.html#differences', 'mimstudy/study/render.py'),
                                        'mimstudy.study.render.grid': ('study/render.html#grid', 'mimstudy/study/render.py'),
                                        'mimstudy.study.render.header': ('study/render.html#header', 'mimstudy/study/render.py'),
                                        'mimstudy.study.render.overview': ('study/render.html#overview', 'mimstudy/study/render.py'),

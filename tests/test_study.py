@@ -22,7 +22,7 @@ from mimstudy.study import evidence as noise
 from mimstudy.study.evidence import binomial, evidence, spread
 from mimstudy.study.recipes import RECIPES, recipe
 from mimstudy.study.pages import MARKERS, page, pages, readme_block, write_readme, write_tables
-from mimstudy.study.render import conclusions, overview, render, render_blocks
+from mimstudy.study.render import conclusions, differences, overview, render, render_blocks
 from mimstudy.study.results import FIELDS, Results, commit, load_encoder, provenance, put_whole, record, save_encoder
 from mimstudy.study.tables import TABLES, Row, Table, experiment
 
@@ -399,6 +399,28 @@ def test_every_number_of_an_overview_has_its_source(filled):
                 key = column.measure if row.features != 'pixels' else '' if 'prefix' in column.measure else f'{protocol}/0/pixels'
                 found = by_seed(filled.root, table.name, row.name, protocol, key) if key else {}
                 assert cell.split(', block')[0] == (expected_cell(found) if key else '—')
+
+
+def test_every_difference_has_its_source(filled):
+    bold = set()
+    for table in TABLES.values():
+        head, _, *lines = ([c.strip() for c in line.strip('| ').split(' | ')] for line in differences(table, evidence(table, filled, 'laptop')).splitlines())
+        columns = [c for c in table.columns if c.measure]
+        rows = [r for r in table.rows if r.baseline]
+        assert len(head) == len(columns) + 2 and [line[0] for line in lines] == [r.label for r in rows]
+        for row, (_, against, *cells) in zip(rows, lines, strict=True):
+            base = table.row(row.baseline)
+            assert against == base.label
+            for column, cell in zip(columns, cells, strict=True):
+                def read(r):
+                    protocol = column.measure.split('/')[0]
+                    if r.features == 'pixels' and 'prefix' in column.measure: return {}
+                    return by_seed(filled.root, table.name, r.name, protocol, f'{protocol}/0/pixels' if r.features == 'pixels' else column.measure)
+                text, sure = expected_difference(read(row), read(base))
+                number = text.split(' [')[0]
+                assert cell == (f'**{number}**' if sure else number)
+                bold.add(bool(sure))
+    assert bold == {True, False}
 
 
 def test_every_number_of_a_page_has_its_source(filled):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOT_RUN', 'NONE', 'CLAIMS', 'LEGEND', 'BEST', 'show_score', 'show_difference', 'same_sign', 'grid',
            'paper_difference', 'render_column', 'overview', 'compared', 'header', 'render', 'block_line',
-           'render_blocks', 'sentence', 'conclusions']
+           'render_blocks', 'sentence', 'conclusions', 'differences']
 
 # %% ../../nbs/study/30_render.ipynb #2633daf7
 from statistics import mean, stdev
@@ -205,3 +205,16 @@ def conclusions(
     said = [sentence(table, row, c, shown) for row in table.rows if row.baseline for c in table.columns if c.measure]
     missing = [r.label for r in table.rows if not any(name == r.name for name, _, _ in shown.records)]
     return [*filter(None, said), *([f'Not run: {", ".join(missing)}.'] if missing else [])]
+
+# %% ../../nbs/study/30_render.ipynb #ee273e54
+def differences(
+    table:Table,
+    shown:Evidence,
+)->str:              # markdown
+    "What each row has over its baseline, in points of each measured column."
+    columns = [c for c in table.columns if c.measure]
+    def cell(row, base, c):
+        if (d := shown.difference(row, base, c)) is None: return NONE
+        return f'{d.mean:+.1f}' if d.noise else f'**{d.mean:+.1f}**'
+    pairs = [(row, table.row(row.baseline)) for row in table.rows if row.baseline]
+    return grid(['points', 'against', *(c.label for c in columns)], [[row.label, base.label, *(cell(row, base, c) for c in columns)] for row, base in pairs])

@@ -203,8 +203,11 @@ CONMIM_ABLATIONS = (
     _conmim(9, 'Momentum of the slow copy', [(f'alpha={a:g}', f'α = {a:g}', top1, '' if a == .996 else 'alpha=0.996', dict(options=dict(momentum=a)))
         for a, top1 in ((.99, 83.11), (.996, 83.51), (.999, 83.31))]))
 
-# %% ../../nbs/study/10_tables.ipynb #69ce200a
-def _every(name, recipe, label): return Row(name, label, recipe, baseline='random', adds='pre-training')
+# %% ../../nbs/study/10_tables.ipynb #a94af539
+def _every(name, recipe, label):
+    "A method is compared with the random encoder, and a method with proxies with itself without them."
+    base, _, proxies = name.partition('+')
+    return Row(name, label, recipe, **dict(baseline=base, adds='the proxies') if proxies else dict(baseline='random', adds='pre-training'))
 
 ALL_METHODS = Table('all-methods', 'All methods, same budget', 'both papers, §4 and §5: the systems that they compare', columns=(
     Column('linear_prefix', 'Linear, prefix', 'linear/best/prefix'), Column('linear_patch', 'Linear, patches', 'linear/best/patch'),
