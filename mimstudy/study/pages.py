@@ -52,23 +52,29 @@ def write_tables(
         written[-1].write_text(page(TABLES[name], results, scale, data), 'utf-8')
     return written
 
-# %% ../../nbs/study/32_pages.ipynb #4ed31179
+# %% ../../nbs/study/32_pages.ipynb #c0b1a6e5
 MARKERS = '<!-- results -->', '<!-- /results -->'
 
 def readme_block(
     results:Results,
     link:str='results/tables',  # where the pages lie, seen from the README
 )->str:
-    "The README's part on results: each measured column and what it says in words, of every scale but smoke."
-    parts = []
-    for name, scale, data in pages(results):
-        if scale == 'smoke': continue
-        table, shown = TABLES[name], evidence(TABLES[name], results, scale, data)
-        parts += [f'### {table.title}: {scale} scale, {data}', f'{header(shown)} · [every block and the legend]({link}/{name}-{scale}-{data}.md)']
+    "The README's part on results: each table on the data that were run with most seeds, links to the others; no smoke scale."
+    parts, more, told = [], [], set()
+    found = [(TABLES[name], evidence(TABLES[name], results, scale, data)) for name, scale, data in pages(results) if scale != 'smoke']
+    for table, shown in sorted(found, key=lambda f: -len({r['seed'] for r in f[1].records.values()})):
+        title, at = f'{table.title}: {shown.scale} scale, {shown.data}', f'{link}/{table.name}-{shown.scale}-{shown.data}.md'
+        if table.name in told:
+            more.append(f'- [{title}]({at})')
+            continue
+        told.add(table.name)
+        parts += [f'### {title}', f'{header(shown)} · [every block and the legend]({at})']
         for c in table.columns:
             if c.measure and compared(table): parts += [f'**{c.label}**', render_column(table, c, shown)]
-        parts += ['\n'.join(f'- {s}' for s in conclusions(table, results, scale, data))] if compared(table) else [overview(table, shown)]
-    return '\n\n'.join(parts) or 'Nothing above smoke scale has been run yet.'
+        said = [f'- {s}' for s in conclusions(table, results, shown.scale, shown.data, seeds=3)]
+        if compared(table): parts += ['\n'.join(said) or 'Fewer than three seeds: no conclusion is drawn.']
+        else: parts += [overview(table, shown)]
+    return '\n\n'.join(parts + ([f'### More\n\n{chr(10).join(more)}'] if more else [])) or 'Nothing above smoke scale has been run yet.'
 
 def write_readme(
     results:Results,

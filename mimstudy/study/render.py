@@ -175,7 +175,7 @@ def render_blocks(
                                       [[label, *block_line(seeds, blocks)] for label, seeds in found.items()])]
     return '\n\n'.join(parts)
 
-# %% ../../nbs/study/30_render.ipynb #15c6f81c
+# %% ../../nbs/study/30_render.ipynb #484f96d0
 def sentence(
     table:Table,
     row:Row,          # one with a baseline
@@ -198,11 +198,13 @@ def conclusions(
     results:Results,
     scale:str,
     data:str='',
+    seeds:int=1,     # comparisons of fewer are passed over
 )->list[str]:
     "Plain sentences, one per comparison; the rows that were not run are named last."
     shown = evidence(table, results, scale, data)
     if scale == 'smoke': return [f'At smoke scale, {CLAIMS["smoke"]}.']
-    said = [sentence(table, row, c, shown) for row in table.rows if row.baseline for c in table.columns if c.measure]
+    pairs = [(row, c) for row in table.rows if row.baseline for c in table.columns if c.measure]
+    said = [sentence(table, row, c, shown) for row, c in pairs if (d := shown.difference(row, table.row(row.baseline), c)) and d.n >= seeds]
     missing = [r.label for r in table.rows if not any(name == r.name for name, _, _ in shown.records)]
     return [*filter(None, said), *([f'Not run: {", ".join(missing)}.'] if missing else [])]
 
