@@ -167,7 +167,7 @@ def _table(recipe):
     head = f'**{recipe.name}** · {recipe.method} · key `{recipe.key()}`\n\n| value | | source |\n|---|---|---|\n'
     return head + '\n'.join(f'| {name} | {_shown(getattr(recipe, name))} | {source(name)} |' for name in VALUES[2:])
 
-# %% ../../nbs/engine/00_recipe.ipynb #5ad479ee
+# %% ../../nbs/engine/00_recipe.ipynb #554b32f7
 SCENES_SMOKE, SCENES_LAPTOP, SCENES_GPU = 22, 342, 2000   # scenes for each of the 12 classes: 264, 4,104 and 24,000 pictures
 
 SCALES = {
@@ -177,7 +177,8 @@ SCALES = {
         sets={'scenes': dict(per_class=SCENES_SMOKE), '*': dict(per_class=4)}),
     'laptop': dict(     # minutes on two cores: is a probe above a random encoder, are the largest effects there?
         data='tiny-imagenet-64c', crop_from=.35,
-        shape=dict(init='xavier', size=64, patch=8, width=96, depth=4, heads=3, epochs=6, batch=128, lr=1.5e-3, codes=256),
+        shape=dict(init='xavier', positions='absolute', layer_scale=None,                        # one encoder for all rows
+                   size=64, patch=8, width=96, depth=4, heads=3, epochs=6, batch=128, lr=1.5e-3, codes=256),
         sets={'tiny-imagenet-64c': dict(per_class=150),                                          # 9,600 pictures, 57,600 samples
               'scenes': dict(per_class=SCENES_LAPTOP, epochs=10),
               'cifar10-jpeg': dict(size=32, patch=4, per_class=960), 'cifar10': dict(size=32, patch=4, per_class=960),
