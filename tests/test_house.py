@@ -10,9 +10,6 @@ from statistics import median
 
 import pytest
 
-from mimstudy.study.pages import MARKERS, readme_block, write_tables
-from mimstudy.study.results import Results
-
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY, NOTEBOOKS = ROOT/'mimstudy', ROOT/'nbs'
 EXPORT = re.compile(r'#\|\s*exports?\b')
@@ -230,16 +227,6 @@ def test_analysis_trains_nothing():
     for file in (f for f in ALL if f.parent.name == 'analysis'):
         called = {getattr(n.func, 'attr', getattr(n.func, 'id', '')) for c in filter(is_code, cells_of(file)) for n in ast.walk(tree(source(c))) if isinstance(n, ast.Call)}
         assert not called & {'train', 'pretrain', 'backward', 'execute', 'run_row'}, name_of(file)
-
-
-# -- numbers on pages -----------------------------------------------------------------------------------------------
-
-def test_pages_are_made_from_records(tmp_path):
-    results = Results(ROOT/'results')
-    made = {file.name: file.read_text(encoding='utf-8') for file in write_tables(results, tmp_path)}
-    there = {file.name: file.read_text(encoding='utf-8') for file in (ROOT/'results'/'tables').glob('*.md')}
-    assert there == made, 'run mimstudy report'
-    if (readme := ROOT/'README.md').is_file(): assert f'{MARKERS[0]}\n{readme_block(results)}\n{MARKERS[1]}' in readme.read_text(encoding='utf-8'), 'run mimstudy report'
 
 
 # -- the generated code ---------------------------------------------------------------------------------------------

@@ -59,20 +59,20 @@ def readme_block(
     results:Results,
     link:str='results/tables',  # where the pages lie, seen from the README
 )->str:
-    "The README's part on results: each table on the data that were run with most seeds, links to the others; no smoke scale."
+    "The README's part on results: a table beside a paper's numbers from three seeds on, once; links to the others; no smoke scale."
     parts, more, told = [], [], set()
     found = [(TABLES[name], evidence(TABLES[name], results, scale, data)) for name, scale, data in pages(results) if scale != 'smoke']
-    for table, shown in sorted(found, key=lambda f: -len({r['seed'] for r in f[1].records.values()})):
+    def seeds(shown): return len({r['seed'] for r in shown.records.values()})
+    for table, shown in sorted(found, key=lambda f: -seeds(f[1])):
         title, at = f'{table.title}: {shown.scale} scale, {shown.data}', f'{link}/{table.name}-{shown.scale}-{shown.data}.md'
-        if table.name in told:
+        if table.name in told or compared(table) and seeds(shown) < 3:
             more.append(f'- [{title}]({at})')
             continue
         told.add(table.name)
         parts += [f'### {title}', f'{header(shown)} · [every block and the legend]({at})']
         for c in table.columns:
             if c.measure and compared(table): parts += [f'**{c.label}**', render_column(table, c, shown)]
-        said = [f'- {s}' for s in conclusions(table, results, shown.scale, shown.data, seeds=3)]
-        if compared(table): parts += ['\n'.join(said) or 'Fewer than three seeds: no conclusion is drawn.']
+        if compared(table): parts += ['\n'.join(f'- {s}' for s in conclusions(table, results, shown.scale, shown.data, seeds=3))]
         else: parts += [overview(table, shown)]
     return '\n\n'.join(parts + ([f'### More\n\n{chr(10).join(more)}'] if more else [])) or 'Nothing above smoke scale has been run yet.'
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from ..analysis.figures import attention_figure, found_encoders
 from ..core.scenes import scenes
 from ..core.settings import pick_device, settings
-from ..core.show import show_curves, show_maps
+from ..core.show import PAGE_DPI, show_curves, show_maps
 from ..engine.folders import Crop
 from ..engine.pictures import load_set
 from ..engine.train import peak_memory, train
@@ -149,5 +149,5 @@ def write_figures(
         shown = scenes(2, next(iter(encoders.values())).patch_embed.img_size[0], seed=1).pictures
         folder.mkdir(parents=True, exist_ok=True)
         written.append(folder/f'semanticmim-fig7-{scale}-{data}.png')
-        written[-1].write_bytes(attention_figure(encoders, shown).small())
+        written[-1].write_bytes(attention_figure(encoders, shown).small(PAGE_DPI))
     return written
