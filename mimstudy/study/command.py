@@ -128,8 +128,9 @@ def finished(
     "Render the table of an experiment, write all pages, and say where they are."
     from mimstudy.study.render import render
     from mimstudy.study.tables import TABLES
-    e, made = experiment, remake(results)
-    ours = {f'{e.table}-{e.scale}-{e.data}.md': 'table', f'semanticmim-fig7-{e.scale}-{e.data}.png': 'figure'}
+    e, made, at = experiment, remake(results), f'{experiment.scale}-{experiment.data}'
+    ours = {f'{e.table}-{at}.md': 'table', f'{e.table}-{at}.png': 'scores'}
+    if e.table == 'semanticmim-t1': ours[f'semanticmim-fig7-{at}.png'] = 'attention'
     places = [(ours[file.name], file) for file in made if file.name in ours]
     places += [('records', results.root/'scores'), ('notebooks', results.root/'runs')]
     return '\n'.join([render(TABLES[e.table], results, e.scale, e.data), '', *(f'{what:10} {near(place)}' for what, place in places)])

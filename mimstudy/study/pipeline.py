@@ -29,7 +29,7 @@ from ..evaluate.linear import PENALTIES, STEPS
 from ..parts.encoder import Encoder, attention
 from ..parts.views import normalise, plain
 from .build import build_encoder, build_feed, build_task, kept_encoder
-from .pages import pages
+from .pages import page_figure, pages
 from .results import Results, record, save_encoder
 from .tables import TABLES, Experiment
 
@@ -137,17 +137,24 @@ def show_attention(
     return show_maps(x, heat, rows=[f'block {b + 1}' for b in blocks])
 
 # %% ../../nbs/study/35_pipeline.ipynb #8e2995e3
+def _figure_7(results, scale, data):
+    "SemanticMIM's Figure 7 on scenes; None where no encoder of its Table 1 is here."
+    rows = [r.name for r in TABLES['semanticmim-t1'].rows if r.features == 'trained']
+    if not (encoders := found_encoders(results, 'semanticmim-t1', rows, scale, data)): return None
+    return attention_figure(encoders, scenes(2, next(iter(encoders.values())).patch_embed.img_size[0], seed=1).pictures)
+
 def write_figures(
     results:Results,
     folder:Path,       # where the figures go
 )->list[Path]:
-    "Draw SemanticMIM's Figure 7, on scenes, for each scale and data set of which encoders are here; the files that were written."
-    table, written = TABLES['semanticmim-t1'], []
-    rows = [r.name for r in table.rows if r.features == 'trained']
-    for scale, data in ((scale, data) for name, scale, data in pages(results) if name == table.name and scale != 'smoke'):
-        if not (encoders := found_encoders(results, table.name, rows, scale, data)): continue
-        shown = scenes(2, next(iter(encoders.values())).patch_embed.img_size[0], seed=1).pictures
-        folder.mkdir(parents=True, exist_ok=True)
-        written.append(folder/f'semanticmim-fig7-{scale}-{data}.png')
-        written[-1].write_bytes(attention_figure(encoders, shown).small(PAGE_DPI))
+    "Draw the scores of every page, and SemanticMIM's Figure 7 for each scale and data set of which encoders are here; the files that were written."
+    written = []
+    for name, scale, data in (p for p in pages(results) if p[1] != 'smoke'):
+        drawn = {name: page_figure(TABLES[name], results, scale, data)}
+        if name == 'semanticmim-t1': drawn['semanticmim-fig7'] = _figure_7(results, scale, data)
+        for what, figure in drawn.items():
+            if figure is None: continue
+            folder.mkdir(parents=True, exist_ok=True)
+            written.append(folder/f'{what}-{scale}-{data}.png')
+            written[-1].write_bytes(figure.small(PAGE_DPI))
     return written
