@@ -17,7 +17,7 @@ from mimstudy.core.task import Batch, Task
 from mimstudy.engine.checkpoint import finished, load_finished, recipe_of
 from mimstudy.engine.optimiser import adamw
 from mimstudy.engine.order import Orders, mix
-from mimstudy.engine.recipe import SCALES, VALUES, Recipe
+from mimstudy.engine.recipe import LATER, SCALES, VALUES, Recipe
 from mimstudy.engine.schedules import decay_at, learning_rate
 from mimstudy.engine.train import train
 
@@ -38,13 +38,15 @@ def test_a_recipe_survives_json():
     recipe = Recipe('a', 'b', dict(tau=.1, momentum=.996), layer_decay=.65, clip=None, no_decay=['mask_token'], sources=dict(lr='nowhere')).at('gpu')
     text = json.dumps(recipe.to_json())
     again = Recipe.from_json(json.loads(text))
-    assert again == recipe and again.key() == recipe.key() and json.dumps(again.to_json()) == text and list(recipe.to_json()) == list(VALUES)
+    assert again == recipe and again.key() == recipe.key() and json.dumps(again.to_json()) == text and list(recipe.to_json()) == [n for n in VALUES if n not in LATER]
+    later = Recipe(clip_each=True)
+    assert 'clip_each' in later.to_json() and Recipe.from_json(later.to_json()) == later
 
 
 def test_the_key_depends_on_every_value():
     other = dict(method='x', options=dict(a=1), data='x', size=112, per_class=1, width=384, depth=1, heads=1, patch=8, prefix=2, layer_scale=1., drop_path=.1,
                  init='beit', positions='relative', mask='block', ratio=.5, unit=2, predict_ratio=.5, tokenizer='kmeans', codes=2, crop=(.5, 1), flip=0, views='two', locals=2, local_size=112, local_crop=(.1, .4), mlp_drops=2, kept='teacher', weight_decay_end=.4, epochs=301,
-                 batch=1, lr=1., min_lr=1., warmup=1., warmup_start=1., betas=(0, 0), eps=1., weight_decay=1., no_decay=(), layer_decay=.5, clip=1.)
+                 batch=1, lr=1., min_lr=1., warmup=1., warmup_start=1., betas=(0, 0), eps=1., weight_decay=1., no_decay=(), layer_decay=.5, clip=1., clip_each=True)
     assert set(other) == set(VALUES) - {'name'}
     base = Recipe(views='multicrop')   # small crops need it
     keys = [base.but(**{name: value}).key() for name, value in other.items()]

@@ -1,9 +1,13 @@
 "Encoders out to plain timm in a process of its own, official checkpoints in, and what is refused."
+import argparse
 import json
 import os
 import subprocess
 import sys
+import types
+import zipfile
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -31,7 +35,7 @@ def lively(encoder):
 
 
 KINDS = {'plain': lambda: Encoder(**SHAPE), 'layer scale': lambda: Encoder(**SHAPE, layer_scale=.1), 'proxies': lambda: Encoder(**SHAPE, prefix=8, mlp_ratio=2.),
-         'relative': lambda: RelativeEncoder(**SHAPE)}
+         'relative': lambda: RelativeEncoder(**SHAPE), 'fine-tuned': lambda: RelativeEncoder(**SHAPE, tuned=True)}
 
 READER = '''
 import json, sys, timm, torch
@@ -40,7 +44,7 @@ config = json.load(open(f'{folder}/config.json'))
 hub = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
 file = timm.create_model(config['architecture'], num_classes=0, checkpoint_path=f'{folder}/model.safetensors', **config['model_args']).eval()
 assert not any(name.startswith('mimstudy') for name in sys.modules)
-with torch.no_grad(): torch.save([hub.forward_features(x), file.forward_features(x), torch.tensor(hub.default_cfg['mean'])], sys.argv[2])
+with torch.no_grad(): torch.save([[m.forward_features(x) for m in (hub, file)], [m(x) for m in (hub, file)], torch.tensor(hub.default_cfg['mean'])], sys.argv[2])
 '''
 
 
@@ -55,9 +59,10 @@ def test_plain_timm_opens_it_in_a_fresh_process(kind, tmp_path):
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
     done = subprocess.run([sys.executable, '-c', READER, str(tmp_path/'out'), str(tmp_path/'x.pt')], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-500:]
-    hub, file, mean = torch.load(tmp_path/'x.pt', weights_only=True)
-    with torch.no_grad(): ours = encoder.forward_features(X)
-    for theirs in (hub, file): assert_close(theirs, ours, rel=1e-6)
+    tokens, features, mean = torch.load(tmp_path/'x.pt', weights_only=True)
+    with torch.no_grad():
+        for theirs in tokens: assert_close(theirs, encoder.forward_features(X), rel=1e-6)
+        for theirs in features: assert_close(theirs, encoder(X), rel=1e-6)
     assert_close(mean, torch.tensor([.485, .456, .406]))
 
 
@@ -89,17 +94,21 @@ def prefixed(prefix, state): return {prefix + k: v for k, v in state.items()}
 def noise(*names): return {name: torch.zeros(3) for name in names}
 
 
+BESIDE = dict(args=argparse.Namespace(lr=5e-4, output_dir='out'),   # what training scripts keep beside the weights
+              optimizer=dict(state={0: dict(step=3)}, param_groups=[dict(lr=np.float64(5e-4), min_lr=np.float32(1e-5), seen=np.int64(3), lrs=np.arange(3.))]))
+
 LAYOUTS = {
-    'ConMIM': (lambda: RelativeEncoder(**SHAPE), lambda e: {'model': beit_names(e) | noise('mask_token', 'lm_head.weight', 'projectors.0.weight'), 'epoch': 3}),
+    'ConMIM': (lambda: RelativeEncoder(**SHAPE), lambda e: {'model': beit_names(e) | noise('mask_token', 'lm_head.weight', 'projectors.0.weight'), 'epoch': 3} | BESIDE),
+    'ConMIM, fine-tuned': (lambda: RelativeEncoder(**SHAPE, tuned=True), lambda e: {'model': beit_names(e) | noise('head.weight', 'blocks.0.attn.relative_position_index')} | BESIDE),
     'BEiT': (lambda: RelativeEncoder(**SHAPE), lambda e: {'model': beit_names(e) | noise('mask_token', 'lm_head.bias')}),
     'SimMIM': (lambda: RelativeEncoder(**SHAPE), lambda e: {'model': prefixed('encoder.', beit_names(e)) | noise('encoder.mask_token', 'decoder.0.weight')}),
     'SemanticMIM': (lambda: Encoder(**SHAPE, prefix=8, layer_scale=.1),
                     lambda e: {'state_dict': prefixed('backbone.', mmpretrain_names(e)) | noise('head.cls_head.weight', 'target_generator.x')}),
     'MAE': (lambda: Encoder(**SHAPE), lambda e: {'model': e.state_dict() | noise('mask_token', 'decoder_embed.weight', 'decoder_pos_embed', 'decoder_blocks.0.norm1.weight')}),
     'MoCo v3': (lambda: Encoder(**SHAPE), lambda e: {'state_dict': prefixed('module.base_encoder.', e.state_dict() | noise('head.0.weight'))
-                | prefixed('module.momentum_encoder.', {k: v*0 for k, v in e.state_dict().items()}) | noise('module.predictor.0.weight'), 'epoch': 3}),
+                | prefixed('module.momentum_encoder.', {k: v*0 for k, v in e.state_dict().items()}) | noise('module.predictor.0.weight'), 'epoch': 3} | BESIDE),
     'DINO': (lambda: Encoder(**SHAPE), lambda e: {'student': prefixed('module.backbone.', {k: v*0 for k, v in e.state_dict().items()}),
-             'teacher': prefixed('backbone.', e.state_dict()) | noise('head.last_layer.weight_g'), 'epoch': 3}),
+             'teacher': prefixed('backbone.', e.state_dict()) | noise('head.last_layer.weight_g'), 'epoch': 3} | BESIDE),
     'iBOT': (lambda: Encoder(**SHAPE), lambda e: {'teacher': prefixed('backbone.', e.state_dict()) | noise('backbone.masked_embed', 'head.mlp.0.weight'),
              'student': prefixed('module.backbone.', {k: v*0 for k, v in e.state_dict().items()})}),
     'timm': (lambda: Encoder(**SHAPE), lambda e: timm_state(e)),
@@ -118,8 +127,35 @@ def test_official_layouts(layout, tmp_path):
     encoder = lively(make())
     torch.save(wrap(encoder), tmp_path/'checkpoint.pth')
     found = import_encoder(tmp_path/'checkpoint.pth', heads=1)
-    with torch.no_grad(): assert_close(found.encoder.forward_features(X), encoder.forward_features(X), rel=1e-6)
+    with torch.no_grad():
+        for door in ('forward_features', 'forward'): assert_close(getattr(found.encoder, door)(X), getattr(encoder, door)(X), rel=1e-6)
     assert all(found.left_out.values()) and set(found.matched) <= set(found.encoder.state_dict())
+
+
+def test_what_older_numpy_and_mmengine_wrote(tmp_path):
+    "Numbers pickled by numpy 1, and the log buffers of mmengine, which is not installed here, do not keep weights from being read."
+    encoder, there = lively(Encoder(**SHAPE)), {}
+    class HistoryBuffer:
+        def __init__(self): self.max_length, self._log_history = 3, np.arange(3.)
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = 'mmengine.logging.history_buffer', 'HistoryBuffer'
+    for name in ('mmengine', 'mmengine.logging', 'mmengine.logging.history_buffer'): there[name] = sys.modules[name] = types.ModuleType(name)
+    there['mmengine.logging.history_buffer'].HistoryBuffer = HistoryBuffer
+    try: torch.save({'state_dict': prefixed('backbone.', encoder.state_dict()), 'message_hub': dict(log_scalars=dict(loss=HistoryBuffer())), 'lr': np.float64(.1)}, tmp_path/'new.pth')
+    finally:
+        for name in there: del sys.modules[name]
+    with zipfile.ZipFile(tmp_path/'new.pth') as new, zipfile.ZipFile(tmp_path/'old.pth', 'w') as old:
+        for item in new.infolist(): old.writestr(item, new.read(item).replace(b'numpy._core.multiarray', b'numpy.core.multiarray'))
+    for file in ('new.pth', 'old.pth'):
+        found = import_encoder(tmp_path/file, heads=1).encoder
+        assert all(v.equal(encoder.state_dict()[k]) for k, v in found.state_dict().items())
+
+
+def test_heads_of_mocov3(tmp_path):
+    "ViT-S of MoCo v3 has 12 heads of 32 channels, where everybody else has 6 of 64."
+    encoder = lively(Encoder(size=32, patch=16, width=384, depth=1, heads=12))
+    torch.save({'state_dict': prefixed('module.base_encoder.', encoder.state_dict())}, tmp_path/'small.pth')
+    found = import_encoder(tmp_path/'small.pth').encoder
+    with torch.no_grad(): assert found.forward_features(X).equal(encoder.forward_features(X))
 
 
 def test_the_other_network(tmp_path):

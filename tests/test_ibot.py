@@ -5,11 +5,17 @@ import pytest
 import torch
 from conftest import assert_close
 from mimstudy.core.errors import StudyError
+from mimstudy.core.scenes import scenes
 from mimstudy.core.task import Batch
+from mimstudy.engine.hardware import start_accelerator
+from mimstudy.engine.pictures import MemorySet
+from mimstudy.engine.recipe import Recipe
+from mimstudy.engine.train import begin, one_step, slices_of_a_step
 from mimstudy.methods.dino import dino
 from mimstudy.methods.ibot import ibot, patch_ce
 from mimstudy.parts.encoder import Encoder
 from mimstudy.parts.masks import chance_mask, gather, mask_from
+from mimstudy.study.build import build_feed, build_task
 
 
 def encoder_of(prefix=1): return Encoder(size=32, patch=8, width=32, depth=2, heads=2, prefix=prefix)
@@ -35,6 +41,25 @@ def settle(task, batch):
             if p.requires_grad: p.add_(.1*torch.randn_like(p))
     task(batch, 0.), task.after_step(0.)
     return task
+
+
+@pytest.mark.parametrize('name, options', [('dino', {}), ('ibot', {}), ('ibot', dict(shared=False))])
+def test_frozen_last_layers_are_neither_moved_nor_decayed(name, options):
+    "The release takes their gradient away, so AdamW passes them over; with a gradient of zero it would decay them and count the step."
+    recipe = Recipe('freeze', method=name, options=dict(out=24, hidden=32, bottleneck=8, frozen=.5) | options, views='multicrop', locals=2, local_size=16,
+                    mask='chance' if name == 'ibot' else 'none', size=32, patch=8, width=32, depth=2, heads=2, epochs=2, batch=8, warmup=0, lr=1e-2, clip_each=True)
+    world = scenes(8, size=32, seed=0)
+    data = MemorySet(world.pictures, world.label, ['any']*12)
+    task, feed = build_task(recipe, data), build_feed(recipe)
+    lasts = [w for n, w in task.named_parameters() if w.requires_grad and n.endswith('last.weight')]
+    before = [w.detach().clone() for w in lasts]
+    assert len(lasts) == 1 + ('shared' in options)
+    run = begin(task, data, feed, recipe, None, 0, start_accelerator('cpu'))
+    batches = data.batches(run.orders)
+    one_step(run, slices_of_a_step(run, batches))   # progress 0
+    assert all(w.equal(b) for w, b in zip(lasts, before)) and not any(w in run.optimiser.state for w in lasts)
+    one_step(run, slices_of_a_step(run, batches))   # progress .5
+    assert not any(w.equal(b) for w, b in zip(lasts, before)) and all(run.optimiser.state[w]['step'] == 1 for w in lasts)
 
 
 @pytest.mark.parametrize('shared', [True, False])

@@ -18,7 +18,9 @@ class Batch(NamedTuple):
 
 # %% ../../nbs/core/10_task.ipynb #0eb5c4ef
 class Task(nn.Module):
-    "Anything the loop can train: an interface, with nothing implemented but the empty `after_step`."
+    "Anything the loop can train: an interface, with nothing implemented but two empty hooks."
+    shared_norms = False   # whether batch norms take their statistics over all processes, on CUDA
+
     def forward(self,
         batch:Batch,       # one step's input
         progress:float,    # how far the training is, 0 … 1
@@ -30,3 +32,8 @@ class Task(nn.Module):
         progress:float,    # how far the training is, 0 … 1
     )->None:
         "What happens once per optimiser step, after it; nothing unless a task says so."
+
+    def before_step(self,
+        progress:float,    # how far the training is, 0 … 1
+    )->None:
+        "What happens once per optimiser step, between the clipping of gradients and the update; nothing unless a task says so."

@@ -24,9 +24,9 @@ from ..core.errors import StudyError
 from ..core.task import Task
 from .checkpoint import check_same, finished, identity, load_checkpoint, load_finished, restore, save_checkpoint, save_finished
 from .files import alone
-from .hardware import peak_memory, seed_layers, start_accelerator
+from .hardware import peak_memory, seed_layers, share_norms, start_accelerator
 from .journal import Journal, Progress
-from .optimiser import adamw
+from .optimiser import adamw, clip_each
 from .order import Orders, mix
 from .pictures import PictureSet
 from .recipe import Recipe
@@ -69,6 +69,7 @@ def begin(
 )->Run:
     "A run at its first step, or where its checkpoint was written; a `StudyError` if the folder holds another training."
     task.to(accelerator.device).train()
+    share_norms(task, accelerator)
     model, optimiser = accelerator.prepare(task, adamw(task, recipe))
     if accelerator.scaler is None: optimiser = optimiser.optimizer   # the wrapper looks for other libraries in every step
     saved = (load_checkpoint(out) if out else None) or {'step': 0, 'rows': [], 'seconds': 0.}
@@ -87,10 +88,10 @@ def one_step(
     run:Run,
     slices:Iterator[tuple[Tensor, Tensor]],  # uint8 pictures (b,3,S,S) and labels (b,), on the device, b pictures at a time
 )->None:
-    "One optimiser step: forward and backward for each slice, clip, update, and the task's own `after_step`."
-    accelerator, progress = run.accelerator, run.step/run.steps
-    lr = learning_rate(run.recipe, run.step, run.orders.per_epoch)
-    decay = decay_at(run.recipe, run.step, run.orders.per_epoch)
+    "One optimiser step: forward and backward for each slice, clip, update, and what the task does before and after."
+    accelerator, recipe, progress = run.accelerator, run.recipe, run.step/run.steps
+    lr = learning_rate(recipe, run.step, run.orders.per_epoch)
+    decay = decay_at(recipe, run.step, run.orders.per_epoch)
     for group in run.optimiser.param_groups:
         group['lr'] = lr*group.get('lr_scale', 1.)
         if group['weight_decay']: group['weight_decay'] = decay
@@ -102,7 +103,9 @@ def one_step(
             out = run.model(run.feed(pictures, labels, run.generator), progress)
             accelerator.backward(out['loss'])
             if accelerator.sync_gradients:   # the last slice
-                norm = accelerator.clip_grad_norm_(run.parameters, run.recipe.clip or inf)
+                norm = accelerator.clip_grad_norm_(run.parameters, inf if recipe.clip_each else recipe.clip or inf)
+                if recipe.clip_each: clip_each(run.parameters, recipe.clip)
+                run.task.before_step(progress)
                 run.optimiser.step(); run.optimiser.zero_grad()
         values = values + torch.stack([v.detach().float() for v in out.values()])/run.orders.slices
     if not accelerator.optimizer_step_was_skipped: run.task.after_step(progress)

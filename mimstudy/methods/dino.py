@@ -48,6 +48,10 @@ class DINO(Task):
         entropy, spread = sureness(target)
         return {'loss': cross_view_ce(student.unflatten(0, (len(batch.views), -1)), target, self.tau), 'entropy': entropy, 'spread': spread}
 
+    def before_step(self, progress:float)->None:
+        "Leave the frozen last layer out of the update."
+        if progress < self.frozen: self.head.last.weight.grad = None
+
     def after_step(self, progress:float)->None:
         "Let the slow copy follow, and the centre move."
         self.slow.after_step(progress)

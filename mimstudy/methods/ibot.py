@@ -106,6 +106,11 @@ class IBOT(Task):
         entropy, spread = sureness(target)
         return {'loss': whole + self.patch_weight*part, 'cls': whole.detach(), 'patch': part.detach(), 'entropy': entropy, 'spread': spread}
 
+    def before_step(self, progress:float)->None:
+        "Leave the frozen last layers out of the update."
+        for last in (self.net.head.last, self.net.patch_last):
+            if last is not None and progress < self.frozen: last.weight.grad = None
+
     def after_step(self, progress:float)->None:
         "Let the slow copy follow, and both centres move."
         self.slow.after_step(progress), self.centre.after_step(), self.patch_centre.after_step()

@@ -58,6 +58,8 @@ def begin(
 # %% ../../nbs/methods/mocov3.ipynb #92b315c2
 class MoCoV3(Task):
     "Find the other crop of the same picture among all pictures of the batch; options as in `mocov3`."
+    shared_norms = True   # as in the release
+
     def __init__(self, encoder, tau, momentum, hidden, out, freeze_patch_embed, fixed_positions):
         super().__init__()
         begin(encoder, freeze_patch_embed, fixed_positions)

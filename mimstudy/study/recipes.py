@@ -40,6 +40,7 @@ CONMIM_SOURCES = {
     **stands('ConMIM Table 10: 10 epochs; the release\'s default is 5, its command 10', 'warmup'),
     **stands('ConMIM Table 10 says Adam; the release runs AdamW with these betas', 'betas'),
     **stands('ConMIM Table 10: 3; the release clips only when asked, its ViT-L command asks for 1', 'clip'),
+    **stands('all gradients together, as PyTorch clips', 'clip_each'),
     **stands('ConMIM release', 'warmup_start', 'no_decay', 'init'),
     **stands('ConMIM release, as BEiT; the paper is silent', 'layer_scale'),
     **stands('ConMIM release, as BEiT: one relative bias for all blocks; the paper is silent on pre-training', 'positions'),
@@ -73,6 +74,7 @@ SEMANTIC_SOURCES = {
     **stands('SemanticMIM release; cls_token here is cls_token and reg_token', 'no_decay'),
     **stands('SemanticMIM Table 2: .1; the release drops the MLP branch of BEiT twice', 'drop_path', 'mlp_drops'),
     **stands('SemanticMIM Table 2', 'clip'),
+    **stands('SemanticMIM release', 'clip_each'),
     **stands('not used in pre-training', 'layer_decay', 'locals', 'local_size', 'local_crop', 'weight_decay_end'),
     **stands('there is one network', 'kept'),
 }
@@ -106,6 +108,7 @@ SIMMIM = Recipe(name='simmim', method='simmim', data='imagenet', size=224, width
     no_decay=('cls_token', 'reg_token', 'pos_embed'), clip=5.,
     sources=stands('SimMIM release, ViT-B for 800 epochs', *(f.name for f in fields(Recipe) if f.name not in ('name', 'sources')))
     | stands('SimMIM release, times 4: its rates are for a batch of 512', 'lr', 'min_lr')
+    | stands('SimMIM release, times 4; its rate falls to a tenth at epoch 700, here it is a cosine', 'min_lr')
     | stands('SimMIM release, which draws and rescales its weights as ConMIM\'s does', 'init')
     | stands('not used by SimMIM', 'tokenizer', 'codes', 'predict_ratio', 'layer_decay', 'mlp_drops', 'locals', 'local_size', 'local_crop', 'weight_decay_end')
     | stands('there is one network', 'kept'))
@@ -142,7 +145,7 @@ DINO = published('DINO release, its defaults', dict(lr='DINO release: 5e-4 for a
         kept='DINO: the teacher is better', no_decay='DINO release: only 1-D values',
         options='DINO: τ of the teacher from .04 to .07 in 30 epochs, one epoch frozen'), WHOLE,
     name='dino', method='dino', crop=(.4, 1.), views='multicrop', locals=8, local_size=96, local_crop=(.05, .4), drop_path=.1,
-    epochs=300, batch=1024, lr=2e-3, min_lr=1e-6, warmup=10, weight_decay=.04, weight_decay_end=.4, no_decay=(), clip=3., kept='teacher')
+    epochs=300, batch=1024, lr=2e-3, min_lr=1e-6, warmup=10, weight_decay=.04, weight_decay_end=.4, no_decay=(), clip=3., clip_each=True, kept='teacher')
 
 IBOT = replace(DINO, name='ibot', method='ibot', mask='chance', crop=(.25, 1.), local_crop=(.05, .25), locals=10,
     sources=DINO.sources | stands('iBOT release, its published command for ViT-S/16', 'crop', 'local_crop', 'locals', 'options')
