@@ -178,8 +178,10 @@ def test_fit_is_a_centre_crop():
     middle = torch.from_numpy(np.array(wide))[:, 16:48].permute(2, 0, 1)
     assert torch.equal(fit(wide, 32), middle)
     assert fit(image(0, 33, 1.7), 20).shape == fit(image(0, 20, 1.01), 32).shape[:1] + (20, 20)
-    for side, across, size, zoom in ((72, 1.31, 64, 1.), (375, 1.333, 224, 256/224), (10, 3.7, 32, 1.), (501, .31, 64, 1.)):
-        assert fit(image(1, side, across), size, zoom).shape == (3, size, size)
+    for side, across, size in ((72, 1.31, 64), (375, 1.333, 224), (10, 3.7, 32), (501, .31, 64)):
+        assert fit(image(1, side, across), size).shape == (3, size, size)
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None, :, None].repeat(256, 0).repeat(3, 2))
+    assert fit(ramp, 224)[0, 0, [0, -1]].tolist() == [16, 239] and fit(ramp, 128)[0, 0, 0] < 2, 'ImageNet pictures lose their border, small ones do not'
 
 
 def test_every_format_becomes_rgb(tmp_path):
@@ -251,7 +253,16 @@ def test_large_folder_replaces_label_with_picture(large):
     files, labels, classes = list_pictures(large, 'train')
     torn = next(i for i, f in enumerate(files) if '004' in f)
     (got, label), = quiet(lambda: list(FolderSet(files, labels, classes, 48).batches([torch.tensor([torn])])))[0]
-    assert label == labels[torn + 1] and torch.equal(got[0], fit(decode(files[torn + 1]), 48, 256/224))
+    assert label == labels[torn + 1] and torch.equal(got[0], fit(decode(files[torn + 1]), 48))
+
+
+@pytest.mark.parametrize('side', [24, 160])
+def test_a_set_is_shown_alike_in_memory_and_from_files(large, monkeypatch, side):
+    "Otherwise a probe is fitted on one framing and scored on another, when one split fits into memory and the other does not."
+    ids = torch.arange(9)
+    from_files = next(iter(load_set('many', 'val', side, strict=True).batches([ids])))[0]
+    monkeypatch.setattr(room, 'IN_MEMORY', 2**30)
+    assert isinstance(kept := load_set('many', 'val', side, strict=True), MemorySet) and kept.pictures[ids].equal(from_files)
 
 
 def test_large_folder_is_strict_in_evaluation(large):

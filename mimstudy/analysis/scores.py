@@ -51,7 +51,7 @@ def methods_figure(
 )->Figure:
     "Each method's best block under each protocol, prefix and patches as dots; verticals are the random encoder and raw pixels."
     shown = scores[(scores.block == 'best') & (scores.label != random)]
-    figure, panels = _panels(len(protocols), 1. + .21*shown.label.nunique())
+    figure, panels = _panels(len(protocols), max(2.2, 1. + .21*shown.label.nunique()))
     colours = dict(zip(TOKENS, sns.color_palette('deep')))
     for panel, protocol in zip(panels, protocols):
         sns.stripplot(shown[shown.protocol == protocol], x='score', y='label', hue='token', hue_order=list(TOKENS), palette=colours, jitter=False, size=6,

@@ -37,7 +37,7 @@ class Sheet(Figure):
 
 # %% ../../nbs/core/40_show.ipynb #996e944a
 def _sheet(rows, columns, extra=0.):
-    "A figure with rows x columns square panels without axes, and `extra` inches below them for a legend."
+    "A figure with rows x columns square panels without axes, and `extra` inches for titles or a legend."
     side = WIDTH/max(columns, 6)
     figure, axes = plt.subplots(rows, columns, FigureClass=Sheet, figsize=(side*columns, side*rows*1.06 + extra), dpi=DPI,
                                 squeeze=False, layout='constrained')
@@ -62,7 +62,7 @@ def show_pictures(
 )->Figure:
     "The pictures, row by row."
     columns = min(columns, len(pictures))
-    figure, axes = _sheet(-(-len(pictures)//columns), columns)
+    figure, axes = _sheet(-(-len(pictures)//columns), columns, extra=0. if titles is None else .15)
     for i, (panel, picture) in enumerate(zip(axes.flat, _rgb(pictures))):
         panel.imshow(picture)
         if titles is not None: panel.set_title(titles[i], fontsize=8, pad=2)
@@ -97,9 +97,10 @@ def show_labels(
     "The label maps in colours, with a legend of the regions that occur."
     columns, present = min(columns, len(maps)), maps.unique().tolist()
     palette = torch.tensor([to_rgb(plt.cm.tab20(k % 20)) for k in range(len(names))])
-    figure, axes = _sheet(-(-len(maps)//columns), columns, extra=.2*-(-len(present)//8) + .1)
+    side_by_side = min(8, 2*columns)
+    figure, axes = _sheet(-(-len(maps)//columns), columns, extra=.2*-(-len(present)//side_by_side) + .1)
     for panel, colours in zip(axes.flat, _rgb(palette[maps.cpu().long()].permute(0, 3, 1, 2))): panel.imshow(colours)
-    figure.legend(handles=[Patch(color=palette[k].tolist(), label=names[k]) for k in present], loc='outside lower center', ncols=8,
+    figure.legend(handles=[Patch(color=palette[k].tolist(), label=names[k]) for k in present], loc='outside lower center', ncols=side_by_side,
                   fontsize=8, frameon=False, handlelength=1, columnspacing=1)
     return figure
 
@@ -116,7 +117,7 @@ def show_maps(
     down, across, gh, gw = heat.shape
     shown = _rgb(pictures.expand(across, *pictures.shape[-3:]))
     grey, (high, wide) = shown.mean(-1), shown.shape[1:3]
-    figure, axes = _sheet(down, across)
+    figure, axes = _sheet(down, across, extra=0. if titles is None else .15)
     for r in range(down):
         for c, panel in enumerate(axes[r]):
             bare = heat[r, c].isnan().all()

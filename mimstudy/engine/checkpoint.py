@@ -12,6 +12,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -98,11 +99,16 @@ def load_finished(
     if not finished(out): raise StudyError(f'the training in {out} has not been finished')
     try: load_model(task, str(Path(out)/'task.safetensors'))
     except RuntimeError as e: raise StudyError(f'the weights in {out} do not fit the task: {str(e).splitlines()[1].strip()}') from None
-    return json.loads((Path(out)/'done.json').read_text())
+    except (SafetensorError, OSError): raise StudyError(f'task.safetensors in {out} is damaged or gone; delete the folder and train again') from None
+    return _summary(out)
+
+def _summary(out):
+    try: return json.loads((Path(out)/'done.json').read_text())
+    except ValueError: raise StudyError(f'done.json in {out} is damaged; delete the folder and train again') from None
 
 def recipe_of(
     out:Path|str,  # the run's folder
 )->Recipe:
     "The recipe that a finished training followed."
     if not finished(out): raise StudyError(f'the training in {out} has not been finished')
-    return Recipe.from_json(json.loads((Path(out)/'done.json').read_text())['recipe'])
+    return Recipe.from_json(_summary(out)['recipe'])

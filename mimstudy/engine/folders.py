@@ -36,10 +36,9 @@ def decode(
 def fit(
     image:Image.Image,   # RGB, any size
     size:int,            # side S in pixels
-    zoom:float=1.,       # shorter side before the cut, in units of S
 )->Tensor:               # uint8 (3,S,S)
-    "The centre square of a picture, after its shorter side is resized to `zoom` x S."
-    short = round(zoom*size)
+    "The centre square of a picture after its shorter side is resized to S, or to 256/224 S from 160 px on, as for ImageNet."
+    short = round(size*(256/224 if size >= 160 else 1.))
     if min(image.size) != short:
         scale = short/min(image.size)
         image = image.resize(tuple(max(short, round(scale*side)) for side in image.size), Image.Resampling.BICUBIC)
@@ -143,7 +142,7 @@ class FolderSet:
         classes:list[str],        # their names
         side:int,                 # S in pixels
         strict:bool=False,        # True: a broken file is an error; False: it is replaced and counted
-        crop:Crop|None=None,      # random crops for training; None: the centre at 256/224
+        crop:Crop|None=None,      # random crops for training; None: the centre, as `fit` cuts it
         workers:int=0,            # decoding processes, unless `batches` says otherwise
     ):
         self.names = np.array([os.fsencode(f) for f in files])
@@ -181,7 +180,7 @@ def _decode_batch(pictures, ids):
             broken.append(os.fsdecode(pictures.names[i]))
             if pictures.strict or len(broken) == len(pictures): return None, None, broken
             i = (i + 1) % len(pictures)
-        done.append(cut(image, pictures.side, pictures.crop, draw) if pictures.crop else fit(image, pictures.side, 256/224))
+        done.append(cut(image, pictures.side, pictures.crop, draw) if pictures.crop else fit(image, pictures.side))
         chosen.append(i)
     return torch.stack(done), pictures.labels[chosen], broken
 

@@ -48,10 +48,11 @@ def decay_groups(
 def adamw(
     module:nn.Module,  # already on its device
     recipe:Recipe,     # `lr`, `betas`, `eps`, `weight_decay`, `no_decay` and `layer_decay` are read
+    fused:bool=True,   # one kernel for a whole group; not with a gradient scaler, which could then not tell that a step was skipped
 )->AdamW:
     "The optimiser that a recipe asks for, over everything in `module` that takes a gradient."
     groups = decay_groups(module, recipe.weight_decay, recipe.no_decay, recipe.layer_decay)
-    return AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+    return AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=fused)
 
 # %% ../../nbs/engine/20_optimiser.ipynb #dbc3a678
 @torch.no_grad()

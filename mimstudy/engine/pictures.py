@@ -99,7 +99,7 @@ class DataSet:
 
 # %% ../../nbs/engine/30_pictures.ipynb #0ce06308
 DATA_SETS = {
-    'scenes':            DataSet('scenes', 64, 12, 'procedural scenes, made when they are asked for: 4,096 train, 1,024 val'),
+    'scenes':            DataSet('scenes', 64, 12, 'procedural scenes, made when they are asked for: 4,096 train (more at gpu scale), 1,024 val'),
     'cifar10-jpeg':      DataSet('local', 32, 10, 'CIFAR-10 as JPEG files, 50,000 train, 10,000 test'),
     'tiny-imagenet-64c': DataSet('local', 64, 64, '64 classes of Tiny ImageNet, 32,000 train, 3,200 val'),
     'caltech101-72':     DataSet('local', 72, 101, 'Caltech-101, 30 pictures a class to train on, 2,945 test'),
@@ -261,8 +261,9 @@ def make_scenes(
     per_class:int|None,    # the first so many of each class; None takes all
 )->MemorySet:
     "Procedural scenes as a set: training and validation are two worlds."
-    n, seed = SCENES[pick_split(split, SCENES, 'scenes')]
-    made = scenes(min(n, len(CLASSES)*((per_class or n) + 4)), size, seed)
+    (n, seed), K = SCENES[pick_split(split, SCENES, 'scenes')], len(CLASSES)
+    enough = K*((per_class or n) + 4)
+    made = scenes(enough if per_class and per_class > -(-n//K) else min(n, enough), size, seed)   # a larger world where more are asked for
     keep = first_of_each(made.label, per_class)
     return MemorySet(made.pictures[keep], made.label[keep], CLASSES)
 

@@ -152,7 +152,7 @@ class Recipe(Learning, Question, Network):
 
 # %% ../../nbs/engine/00_recipe.ipynb #50e18f2c
 VALUES = ('name', 'method', 'options', *(f.name for group in (Network, Question, Learning) for f in fields(group)))
-LATER = dict(clip_each=False)   # values that records of an earlier day cannot have, and what they stood for then
+LATER = dict(clip_each=False)   # values that a record may leave out, and what they are then
 
 def _changed(recipe, change, why):
     "`recipe` with `change`, its sources told what was changed and why."
@@ -171,7 +171,7 @@ def _table(recipe):
     return head + '\n'.join(f'| {name} | {_shown(getattr(recipe, name))} | {source(name)} |' for name in VALUES[2:])
 
 # %% ../../nbs/engine/00_recipe.ipynb #554b32f7
-SCENES_SMOKE, SCENES_LAPTOP, SCENES_GPU = 22, 342, 2000   # scenes for each of the 12 classes: 264, 4,104 and 24,000 pictures
+SCENES_SMOKE, SCENES_LAPTOP, SCENES_GPU = 22, 342, 2000   # scenes for each of the 12 classes: 264, 4,096 and 24,000 pictures
 
 SCALES = {
     'smoke': dict(      # seconds on one core: does the wiring work?

@@ -70,7 +70,7 @@ def begin(
     "A run at its first step, or where its checkpoint was written; a `StudyError` if the folder holds another training."
     task.to(accelerator.device).train()
     share_norms(task, accelerator)
-    model, optimiser = accelerator.prepare(task, adamw(task, recipe))
+    model, optimiser = accelerator.prepare(task, adamw(task, recipe, fused=accelerator.scaler is None))
     if accelerator.scaler is None: optimiser = optimiser.optimizer   # the wrapper looks for other libraries in every step
     saved = (load_checkpoint(out) if out else None) or {'step': 0, 'rows': [], 'seconds': 0.}
     if 'task' in saved:

@@ -54,9 +54,10 @@ def window_over(
     height:int,  # of the picture in px
     width:int,   # of the picture in px
     cell:int,    # c: the window is 2c wide and σ = c; the release has c = 8
+    device:torch.device|str='cpu',  # where it is made
 )->Tensor:       # (height,width), each full window sums to 1
     "The Gaussian window of the release, tiled from the top left corner and cut at the far borders."
-    n = torch.arange(2*cell).float()
+    n = torch.arange(2*cell, device=device).float()
     bell = torch.exp(-.5*((n - n.mean())/cell)**2)
     one = bell[:, None]*bell
     return (one/one.sum()).repeat(-(-height//(2*cell)), -(-width//(2*cell)))[:height, :width]
@@ -70,7 +71,7 @@ def hog(
 )->Tensor:             # (B,3,bins,S/cell,S/cell), each histogram of length 1 (0 where the cell is flat)
     "Histogram of oriented gradients of every cell and colour."
     strength, sector = polar(*gradients(x), bins)
-    if window: strength = strength*window_over(*x.shape[-2:], cell).to(x.device)
+    if window: strength = strength*window_over(*x.shape[-2:], cell, x.device)
     return F.normalize(votes(strength, sector, cell, bins), dim=2)
 
 # %% ../../nbs/parts/70_hog.ipynb #5a3f6402

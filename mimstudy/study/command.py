@@ -62,6 +62,9 @@ class Spreading(TyperCommand):
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help='A study of masked image modelling: ConMIM and SemanticMIM, from pictures to tables.')
 
+@app.callback()   # commands keep their names even where there is one only
+def _study(): pass
+
 Scale = Annotated[str, typer.Option(help='smoke, laptop, gpu or paper')]
 Data = Annotated[str, typer.Option(help='a data set; the one of the scale by default')]
 Seeds = Annotated[list[int], typer.Option(help='one or more seeds: --seeds 0 1 2', show_default='0')]
@@ -146,6 +149,8 @@ def run(
     "Carry out the rows of a table that are not done, and render it."
     from mimstudy.study import runner
     from mimstudy.study.results import Results
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise StudyError('mimstudy run starts a process for each row itself; for a training on several GPUs launch one that calls engine.train')
     store = Results(results)
     steps = runner.plan(table, rows, scale, data, seeds, store)
     typer.echo(f'{table} at {scale} scale on {steps[0].experiment.data}: {summary(steps)}', err=True)

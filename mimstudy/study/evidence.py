@@ -19,7 +19,7 @@ class Spread(NamedTuple):
     "A mean, and how far noise can carry it."
     mean: float
     sd: float     # over seeds; for one seed the standard error from the validation pictures
-    half: float   # half the 95 % interval of the mean
+    half: float   # half the 95 % interval of the mean, from both sources of noise
     n: int        # seeds
 
     @property
@@ -29,10 +29,11 @@ def spread(
     values:list[float],  # one per seed
     errors:list[float],  # the standard error of each, from the validation pictures
 )->Spread:
-    "Mean and noise of some values: Student's t over seeds, or the standard error where there is one seed."
-    n = len(values)
-    if n == 1: return Spread(values[0], errors[0], 1.96*errors[0], 1)
-    return Spread(mean(values), stdev(values), float(stdtrit(n - 1, .975))*stdev(values)/sqrt(n), n)
+    "Mean and noise of some values: Student's t over seeds, where there are several, and the sampling of the validation pictures."
+    n, sampled = len(values), 1.96*mean(errors)
+    if n == 1: return Spread(values[0], errors[0], sampled, 1)
+    between = float(stdtrit(n - 1, .975))*stdev(values)/sqrt(n)
+    return Spread(mean(values), stdev(values), sqrt(between**2 + sampled**2), n)
 
 def binomial(
     score:float, # percent

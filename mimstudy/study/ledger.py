@@ -89,7 +89,7 @@ SEMANTICMIM_POINTS = (
     _s(6, 'A', 'stochastic depth', '.1 for both', 'MaskFeat none; BEiT drops its MLP branch twice', 'mlp_drops', (1, 2),
        here='MaskFeat\'s is the value drop_path'),
     _s(7, 'A', 'fine-tuning recipe', 'Table 3', 'another decay, warm-up, layer decay and augmentation', here=f'fine-tuning is {NOT_BUILT}'),
-    _s(8, 'A', 'normalisation in probing', 'that of the pre-training', 'one half for BEiT', 'collect.statistics', ('imagenet', 'inception')),
+    _s(8, 'A', 'normalisation in probing', 'silent', 'one half for BEiT', 'collect.statistics', ('imagenet', 'inception')),
     _s(9, 'A', 'training of the VOC probe', 'SGD .01, no decay', 'another rate, decay 1e-4, steps', here=f'the VOC probe is {NOT_BUILT}'),
     _s(10, 'A', 'mIoU on VOC', 'mIoU', 'over 21 classes, absent ones count 0', 'mean_iou.absent', ('skip', 'zero')),
     _s(11, 'B', 'shape of a layer', 'eq. (3), (4): MLP(Attn(·))', 'pre-norm residual blocks',

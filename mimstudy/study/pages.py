@@ -13,7 +13,7 @@ from ..analysis.scores import blocks_figure, methods_figure
 from ..core.errors import StudyError
 from ..engine.recipe import SCALES
 from .evidence import evidence
-from .render import compared, conclusions, differences, header, overview, render, render_blocks, render_column
+from .render import BEST, LEGEND, compared, conclusions, differences, header, overview, render, render_blocks, render_column
 from .results import Results, score_frame
 from .tables import TABLES, Table
 
@@ -84,11 +84,12 @@ def readme_block(
             more.append(f'- [{title}]({at})')
             continue
         told.add(table.name)
-        parts += [f'### {title}', f'{header(shown)} · [every block and the legend]({at})']
+        parts += [f'### {title}', f'{header(shown)} · [every block]({at})']
         for c in table.columns:
             if c.measure and compared(table): parts += [f'**{c.label}**', render_column(table, c, shown)]
         if compared(table): parts += ['\n'.join(f'- {s}' for s in conclusions(table, results, shown.scale, shown.data, seeds=3))]
         else: parts += [overview(table, shown)]
+    if parts: parts += [f'{BEST} {LEGEND}']
     return '\n\n'.join(parts + ([f'### More\n\n{chr(10).join(more)}'] if more else [])) or 'Nothing above smoke scale has been run yet.'
 
 def write_readme(

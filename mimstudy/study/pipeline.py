@@ -22,7 +22,7 @@ from ..core.scenes import scenes
 from ..core.settings import pick_device, settings
 from ..core.show import PAGE_DPI, show_curves, show_maps
 from ..engine.folders import Crop
-from ..engine.pictures import load_set
+from ..engine.pictures import MemorySet, load_set
 from ..engine.train import peak_memory, train
 from ..evaluate.catalogue import PROTOCOLS, evaluate
 from ..evaluate.linear import PENALTIES, STEPS
@@ -68,6 +68,7 @@ def pretrain(
     one_crop = None if recipe.views in ('two', 'multicrop') else Crop(recipe.crop, flip=recipe.flip, seed=e.seed)
     pictures = load_set(recipe.data, 'train', recipe.size, recipe.per_class, crop=one_crop)
     task, out = build_task(recipe, pictures, e.seed), results.run_folder(e.train_id)
+    if isinstance(pictures, MemorySet) and pick_device(known.device).type == 'cuda': pictures = pictures.to('cuda')   # bytes, cropped there
     done = train(task, pictures, build_feed(recipe, pictures), recipe, out, e.seed, known.device, known.precision)
     encoder = kept_encoder(recipe, task)
     save_encoder(encoder, out, e.values)

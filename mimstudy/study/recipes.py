@@ -169,7 +169,7 @@ DEIT = published('DeiT release, ViT-B', dict(lr='DeiT release: 5e-4 for a batch 
 def any_proxies(
     recipe:Recipe,   # SimMIM's, MAE's or ConMIM's
 )->Recipe:
-    "The same training through proxies, for a method that SemanticMIM names and does not show."
+    "The same training through proxies, for a method that SemanticMIM does not show."
     plain = replace(recipe, positions='absolute', sources=recipe.sources | stands('proxies need absolute positions', 'positions'))
     return with_proxies(plain, 'no release')
 

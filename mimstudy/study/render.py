@@ -34,9 +34,10 @@ def same_sign(
     paper:float|None,   # the paper's difference
     ours:Spread|None,   # and ours
 )->str:
-    "'yes', 'no', 'within noise', or a dash where there is nothing to compare."
+    "'yes' or 'no', with fewer than three seeds as a hint; 'within noise', or a dash where there is nothing to compare."
     if paper is None or ours is None: return NONE
-    return 'within noise' if ours.noise else 'yes' if (ours.mean > 0) == (paper > 0) else 'no'
+    if ours.noise: return 'within noise'
+    return ('yes' if (ours.mean > 0) == (paper > 0) else 'no') + ('' if ours.n > 2 else ', a hint')
 
 # %% ../../nbs/study/30_render.ipynb #0c25f41b
 def grid(
@@ -120,8 +121,7 @@ def header(
 
 # %% ../../nbs/study/30_render.ipynb #33249ee1
 LEGEND = ('± is the standard deviation over seeds or, for one seed, the standard error (s.e.) from the number of validation pictures. Brackets hold the '
-          '95 % interval of the difference, paired by seed, for these validation pictures; for one seed it comes from the two standard errors, and how much '
-          'seeds differ is not in it. '
+          '95 % interval of the difference, paired by seed: how much seeds differ, and how much the validation pictures could; for one seed only the latter. '
           'An interval that holds 0 is *within noise*.')
 BEST = 'Every score is that of the best block, chosen on the validation pictures themselves, for all rows alike.'
 
