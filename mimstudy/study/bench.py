@@ -202,7 +202,8 @@ def bench(
         rows.append({'method': method, 'images/s': batch/(ours + views), 'bare images/s': batch/alone, 'time ratio': ratio, 'FLOP ratio': flops,
                      'over FLOPs': ratio/flops, 'encoder %': 100*work.student, 'slow %': 100*work.slow,
                      'heads %': 100*work.heads, 'decoder %': 100*work.decoder,
-                     'rest %': 100*(1 - work.student - work.slow - work.heads - work.decoder), 'views share': views/ours, 'peak MiB': peak.mib, 'bare peak MiB': bare_peak.mib,
+                     'rest %': 100*(1 - work.student - work.slow - work.heads - work.decoder), 'views share': views/ours,
+                     'peak MiB': peak.mib, 'bare peak MiB': bare_peak.mib,
                      'over tokens': peak.mib/explained})
         if heard: heard(f'{method}: {ratio:.2f} × the time, {flops:.2f} × the FLOPs')
         del step, make, bare, task, encoder_alone

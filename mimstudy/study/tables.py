@@ -222,8 +222,8 @@ ALL_METHODS = Table('all-methods', 'All methods, same budget', 'both papers, §4
     _every('beit', 'beit', 'BEiT'), _every('beit+semanticmim', 'semanticmim_beit', 'BEiT + SemanticMIM'),
     _every('cim', 'cim', 'CIM'),
     _every('conmim', 'conmim_b16_300', 'ConMIM'), _every('conmim+semanticmim', 'semanticmim_conmim_b16_300', 'ConMIM + SemanticMIM'),
-), note='No paper has this table. DeiT is told the classes that the probe asks for. Rows ran at different hours of one shared machine: for speeds see '
-        'mimstudy bench.')
+), note='No paper has this table. DeiT is told the classes that the probe asks for. Rows ran at different hours of one shared machine: '
+        'for speeds see mimstudy bench.')
 
 # %% ../../nbs/study/10_tables.ipynb #dd9835f2
 TABLES = {t.name: t for t in (SEMANTICMIM_T1, *CONMIM_ABLATIONS, ALL_METHODS)}
