@@ -11,9 +11,12 @@ from unittest.mock import patch
 
 import psutil
 import pytest
+from PIL import Image
 
 from mimstudy.core.errors import StudyError
+from mimstudy.core.scenes import scenes
 from mimstudy.study import processes, runner
+from mimstudy.study.pipeline import measure, pretrain
 from mimstudy.study.results import Results
 from mimstudy.study.tables import TABLES, experiment
 
@@ -187,3 +190,39 @@ def test_two_runs_share_one_folder(tmp_path):
 
 def test_notebooks_that_are_not_there(tmp_path):
     with pytest.raises(StudyError, match='pip install -e'): processes.run_notebook('row', Path(tmp_path))
+
+
+# -- broken pictures, and where a command is called from ------------------------------------------------------------
+
+def picture_folder(root, torn):
+    "Nine classes of five training and two validation pictures; the bytes of the file `torn` are cut short."
+    world = scenes(63, size=32, seed=5).pictures
+    for i, picture in enumerate(world):
+        file = root/('train' if i < 45 else 'val')/f'class_{i % 9}'/f'{i}.jpg'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file)
+        if file.name == torn: file.write_bytes(file.read_bytes()[:200])
+    return root
+
+
+def test_a_torn_training_picture_is_skipped_to_the_end(tmp_path, monkeypatch):
+    "Trained without it, counted, and the probe is fitted on the pictures that are left: nothing computed is lost."
+    monkeypatch.setenv('MIMSTUDY_DATA_PICS', str(picture_folder(tmp_path/'pics', '16.jpg')))
+    asked, results = experiment('semanticmim-t1/maskfeat', 'smoke', 'pics'), Results(tmp_path/'out')
+    with pytest.warns(UserWarning, match='16.jpg'): trained = pretrain(asked, results)
+    with pytest.warns(UserWarning, match='16.jpg'): (record,) = measure(asked, trained, results)
+    assert json.loads((results.run_folder(asked.train_id)/'done.json').read_text())['broken'] == 1
+    assert results.done(asked) and record['n_val'] == 18 and record['evaluation']['n_train'] == 9*4 - 1
+
+
+def test_a_torn_validation_picture_is_told_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setenv('MIMSTUDY_DATA_PICS', str(picture_folder(tmp_path/'pics', '50.jpg')))
+    asked, results = experiment('semanticmim-t1/maskfeat', 'smoke', 'pics'), Results(tmp_path/'out')
+    with pytest.raises(StudyError, match='50.jpg cannot be decoded'): pretrain(asked, results)
+    assert not results.run_folder(asked.train_id).exists()
+
+
+def test_a_relative_results_folder_is_that_of_the_caller(tmp_path):
+    done = subprocess.run([*MIMSTUDY, 'run', 'semanticmim-t1', '--rows', 'pixels', '--scale', 'smoke', '--results', 'here'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path/'here'/'scores').glob('*.json'))) == 1

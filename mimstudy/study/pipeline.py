@@ -66,6 +66,7 @@ def pretrain(
     if e.features == 'pixels': return Pretrained(None)
     if e.features == 'random': return Pretrained(build_encoder(recipe, e.seed).eval())
     one_crop = None if recipe.views in ('two', 'multicrop') else Crop(recipe.crop, flip=recipe.flip, seed=e.seed)
+    load_set(recipe.data, 'val', recipe.size, strict=True)   # what is wrong with it is better said before the training
     pictures = load_set(recipe.data, 'train', recipe.size, recipe.per_class, crop=one_crop)
     task, out = build_task(recipe, pictures, e.seed), results.run_folder(e.train_id)
     if isinstance(pictures, MemorySet) and pick_device(known.device).type == 'cuda': pictures = pictures.to('cuda')   # bytes, cropped there
@@ -92,7 +93,7 @@ def measure(
     "Score an experiment under every protocol that its table reads, and keep the records."
     e, recipe, began = experiment, experiment.recipe, time.perf_counter()
     device = pick_device(settings().device)
-    fitted = load_set(recipe.data, 'train', recipe.size, recipe.per_class, strict=True)
+    fitted = load_set(recipe.data, 'train', recipe.size, recipe.per_class)   # the pictures that it was trained on, broken ones left out as there
     val = load_set(recipe.data, 'val', recipe.size, strict=True)
     print(f'{recipe.name} · reading {len(fitted):,} + {len(val):,} pictures for {", ".join(e.protocols)}', flush=True)
     scores = evaluate(e.protocols, trained.encoder, fitted, val, device)

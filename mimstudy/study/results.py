@@ -131,7 +131,7 @@ class Results:
     "A folder of records, one JSON file each, and the runs that they came from."
     def __init__(self,
         root:Path|str|None=None,  # the folder; [study] results of settings.ini by default
-    ): self.root = Path(root or settings().results)
+    ): self.root = Path(root or settings().results).absolute()   # a row's process works in another folder
 
     def add(self,
         record:dict,  # as `record` makes it
