@@ -62,6 +62,7 @@ def step_of(
         value.backward()
         optimiser.step(); optimiser.zero_grad(set_to_none=True)
         after()
+    step.loss = loss   # the forward alone
     return step
 
 def bare_step(recipe:Recipe, device:torch.device, precision:str)->tuple[Callable, torch.nn.Module]:
@@ -151,17 +152,20 @@ def work_of(
     hook = torch.nn.modules.module.register_module_forward_hook(heard)
     with FlopCounterMode(display=False) as counter: step()
     hook.remove()
+    with FlopCounterMode(display=False) as forward: getattr(step, 'loss', step)()
     total, shares = counter.get_total_flops(), dict(student=0., slow=0., heads=0., decoder=0.)
-    found = {name: sum(counts.values())/total for name, counts in counter.get_flop_counts().items() if total}
+    found = {name: sum(counts.values()) for name, counts in forward.get_flop_counts().items()}
+    again = {name: sum(n/2 for op, n in counts.items() if 'scaled_dot' in str(op)) for name, counts in forward.get_flop_counts().items()}
     heads = {name for name in found if re.search(HEADS, name)}
-    for name, share in found.items():
-        who = 'slow' if re.search(r'\.(slow|target)\.', name) else 'student'
+    for name, flops in found.items():
+        slow = bool(re.search(r'\.(slow|target)\.', name))
+        share = (flops if slow else 3*flops + again[name])/total   # a gradient for the weights, one for what came in; attention is made again
         if re.search(DECODERS, name): shares['decoder'] += share
+        elif name.endswith('encoder.patch_embed'): shares['decoder' if '.generator.' in name else 'slow' if slow else 'student'] += \
+            -flops/total if '.generator.' in name else flops*(1 if slow else 2)/total   # pictures take no gradient
         elif '.generator.' in name: pass   # counted with it
         elif name in heads: shares['heads'] += 0. if any(other.startswith(f'{name}.') for other in heads) else share   # whatever has no parts
-        elif re.search(r'encoder\.blocks\.\d+$', name): shares[who] += share
-        elif name.endswith('encoder.patch_embed'):
-            shares[who] += counter.get_flop_counts()[name][torch.ops.aten.convolution]*(2 if who == 'student' else 1)/total
+        elif re.search(r'encoder\.blocks\.\d+$', name): shares['slow' if slow else 'student'] += share
     return Work(total, **shares, outputs=outputs)
 
 def states_of(
