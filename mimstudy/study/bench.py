@@ -128,7 +128,7 @@ class PeakMemory:
         else: self.watching = False; self.thread.join()
         self.mib = (self.top - self.start)/2**20
 
-# %% ../../nbs/study/60_bench.ipynb #8a62f5fe
+# %% ../../nbs/study/60_bench.ipynb #c8d06efb
 HEADS = r'\.(head|projector|predictor|words|patch_last)(\.|$)'     # names of modules
 DECODERS = r'\.pathway\.(blocks\.\d+|narrow)$|\.generator$'
 
@@ -141,6 +141,7 @@ class Work(NamedTuple):
     decoder:float    # the share of what rebuilds patches
     outputs:int      # numbers that linear layers gave while gradients were on
 
+# %% ../../nbs/study/60_bench.ipynb #9ee8ffd3
 def work_of(
     step:Callable,   # () -> None
 )->Work:
@@ -168,6 +169,7 @@ def work_of(
         elif re.search(r'encoder\.blocks\.\d+$', name): shares['slow' if slow else 'student'] += share
     return Work(total, **shares, outputs=outputs)
 
+# %% ../../nbs/study/60_bench.ipynb #8aad5167
 def states_of(
     model:torch.nn.Module,
 )->float:
