@@ -37,11 +37,22 @@ def test_list_rows_are_grouped_by_table():
     ('run semanticmim-t1 --data cifar10-jpg --dry-run', 'did you mean cifar10-jpeg'),
     ('status conmim-t10', 'did you mean conmim-t'),
     ('bench --methods conmin', 'did you mean conmim'),
+    ('run semanticmim-t1 --rows', '--rows needs one value or more'), ('run semanticmim-t1 --seeds --dry-run', '--seeds needs one value or more'),
     ('bench --encoder vit_smal_patch16_224', 'did you mean')])
 def test_a_mistake_is_one_line_and_two(words, said, tmp_path):
     done = mimstudy(*words.split(), *(['--results', str(tmp_path)] if words.startswith(('run', 'status')) else []))
     assert done.exit_code == 2 and done.stderr.startswith('error: ') and said in done.stderr
     assert done.stderr.count('\n') == 1 and 'Traceback' not in done.output
+
+
+@pytest.mark.parametrize('words', ['--seeds -1', '--seeds x', '--seeds=1.5', '--seeds 0 -3'])
+def test_a_wrong_seed_is_named(words):
+    done = mimstudy('run', 'semanticmim-t1', '--dry-run', *words.split())
+    assert done.exit_code == 2 and "Invalid value for '--seeds'" in done.stderr
+
+
+def test_a_seed_twice_is_one_run(tmp_path):
+    assert mimstudy('run', 'semanticmim-t1', '--rows', 'beit', '--seeds', '0', '0', '--dry-run', '--results', str(tmp_path)).stdout.count('seed 0') == 1
 
 
 @pytest.mark.parametrize('words', ['run', 'run semanticmim-t1 --seeds 0 x', 'run semanticmim-t1 --seeds x', 'run semanticmim-t1 --lr 1', 'run semanticmim-t1 --jobs 0', 'trian'])
@@ -92,6 +103,22 @@ def test_a_failing_row_is_named_and_the_others_go_on(tmp_path, monkeypatch):
     assert done.exit_code == 1 and '2 of 2 rows failed' in done.stderr and 'Traceback' not in done.output
     errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
     assert sorted(line.split(' seed 0: ')[0] for line in errors) == ['error: pixels', 'error: random'] and 'StudyError' not in done.stderr
+
+
+@pytest.mark.parametrize('words', ['run semanticmim-t1 --rows pixels --scale smoke', 'status', 'report'])
+def test_results_that_are_a_file(tmp_path, words):
+    (tmp_path/'file').write_text('in the way')
+    for place in tmp_path/'file', tmp_path/'file'/'below':
+        done = mimstudy(*words.split(), '--results', str(place))
+        assert done.exit_code == 2 and done.stderr.splitlines()[-1].startswith('error: ') and 'is a file' in done.stderr and 'Traceback' not in done.output
+    assert (tmp_path/'file').read_text() == 'in the way'
+
+
+def test_a_device_that_is_not_there_is_said_at_once(tmp_path, monkeypatch):
+    for device, said in ('gpu', 'unknown value of MIMSTUDY_DEVICE "gpu"'), ('mps', 'the device "mps" is not on this machine'):
+        monkeypatch.setenv('MIMSTUDY_DEVICE', device)
+        done = mimstudy('run', 'semanticmim-t1', '--rows', 'pixels', '--scale', 'smoke', '--results', str(tmp_path/'r'))
+        assert done.exit_code == 2 and said in done.stderr and not (tmp_path/'r').exists()
 
 
 def test_a_data_set_that_is_not_there_is_said_at_once(tmp_path, monkeypatch):

@@ -219,11 +219,39 @@ def test_refused(tmp_path, monkeypatch):
         done = CliRunner().invoke(app, ['import', file, '--heads', '1'])
         assert done.exit_code == 2 and done.stderr.startswith('error: ') and said in done.stderr and len(done.stderr.splitlines()) == 1, (file, done.stderr)
         with pytest.raises(StudyError): import_encoder(file, heads=1)
+    for name, odd in (('flat', {'cls_token': torch.zeros(64)}), ('point', {'patch_embed.proj.weight': torch.zeros(())}), ('thin', {'pos_embed': torch.zeros(17)}),
+                      ('none', {'pos_embed': torch.zeros(1, 1, 64)}), ('wide', {'patch_embed.proj.weight': torch.zeros(64, 3, 8, 0)})):
+        torch.save(state | odd, f'{name}.pth')
+        done = CliRunner().invoke(app, ['import', f'{name}.pth', '--heads', '1'])
+        assert done.exit_code == 2 and done.stderr.startswith('error: ') and len(done.stderr.splitlines()) == 1, (name, done.output, done.exception)
     assert not (tmp_path/'trapped').exists()
     done = CliRunner().invoke(app, ['export', 'nowhere', 'out'])
     assert done.exit_code == 2 and 'no encoder in the run nowhere' in done.stderr and not (tmp_path/'out').exists()
     torch.save(state, 'fine.pth')
     assert CliRunner().invoke(app, ['import', 'fine.pth', '--part', 'techer']).exit_code == 2
+
+
+@pytest.mark.parametrize('damage', ['kind', 'shape', 'json', 'recipe'])
+def test_an_encoder_that_is_none(tmp_path, damage):
+    save_encoder(Encoder(**SHAPE), tmp_path, {})
+    header = {'kind': 'Encoder', 'encoder': json.dumps(SHAPE)} | dict(kind={'kind': 'Decoder'}, shape={'encoder': '{"shape": 3}'}, json={'encoder': '{'}, recipe={})[damage]
+    save_file(Encoder(**SHAPE).state_dict(), tmp_path/'encoder.safetensors', metadata=header)
+    if damage == 'recipe': (tmp_path/'recipe.json').write_text('{')
+    done = CliRunner().invoke(app, ['export', str(tmp_path), str(tmp_path/'out')])
+    assert done.exit_code == 2 and done.stderr.startswith('error: ') and len(done.stderr.splitlines()) == 1, done.output
+    assert not (tmp_path/'out').exists()
+
+
+def test_heads_are_read_or_said_to_be_a_guess(tmp_path):
+    encoder = Encoder(**SHAPE | dict(width=96, heads=3))
+    save_encoder(encoder, tmp_path/'run', {})
+    export_encoder(tmp_path/'run', tmp_path/'out')
+    torch.save(encoder.state_dict(), tmp_path/'bare.pth')
+    for file, heads, guessed in (tmp_path/'run'/'encoder.safetensors', 3, False), (tmp_path/'out'/'model.safetensors', 3, False), (tmp_path/'bare.pth', 1, True):
+        found = import_encoder(file)
+        assert (found.encoder.config['heads'], found.guessed) == (heads, guessed)
+        assert ('is a guess' in CliRunner().invoke(app, ['import', str(file)]).stdout) == guessed
+    assert not import_encoder(tmp_path/'bare.pth', heads=3).guessed
 
 
 def test_the_commands_round_trip(tmp_path):

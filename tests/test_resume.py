@@ -1,5 +1,6 @@
 "A training that is killed and started again ends with the rows and the weights of one that was not, bit for bit."
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from small_training import RECIPE, Small, feed, pictures
 
 import mimstudy.engine.train as engine
 from mimstudy.core.errors import StudyError
-from mimstudy.engine.checkpoint import finished, load_checkpoint, resumable
+from mimstudy.engine.checkpoint import finished, load_checkpoint, resumable, save_checkpoint
 from mimstudy.engine.train import train
 
 STEPS, COLUMNS = 50, ['step', 'epoch', 'loss', 'spread', 'grad_norm', 'lr']
@@ -175,6 +176,31 @@ def test_damaged_checkpoint(tmp_path):
     for content in (b'', b'PK\x03\x04 half a zip', b'not a zip at all'):
         (tmp_path/'checkpoint.pt').write_bytes(content)
         with pytest.raises(StudyError, match='checkpoint.pt cannot be read; delete it to begin again'): load_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_something_else(tmp_path, undisturbed):
+    whole = load_checkpoint(undisturbed[1])
+    wrong_optimiser = whole | {'optimiser': {'state': {}, 'param_groups': []}}
+    for state, said in (([1, 2], 'is no checkpoint of a training'), ({'model': torch.ones(2)}, 'has no identity'), (whole | {'identity': {}}, 'does not say its pictures'),
+                        (wrong_optimiser, 'does not fit the task: .*group'), (whole | {'processes': 2}, 'was begun by 2 processes')):
+        torch.save(state, tmp_path/'checkpoint.pt')
+        with pytest.raises(StudyError, match=said) as e: train(Small(), pictures(), feed, RECIPE, tmp_path, 3, device='cpu')
+        assert '\n' not in str(e.value)
+
+
+def test_the_rest_of_a_torn_checkpoint_is_swept(tmp_path):
+    (tmp_path/'.checkpoint.pt.abc.part').write_bytes(b'half')
+    save_checkpoint(tmp_path, {})
+    assert [f.name for f in tmp_path.iterdir()] == ['checkpoint.pt']
+
+
+def test_a_finished_training_without_its_log(tmp_path, undisturbed):
+    shutil.copytree(undisturbed[1], tmp_path/'run')
+    (tmp_path/'run'/'log.csv').unlink()
+    again = train(Small(), pictures(), feed, RECIPE, tmp_path/'run', 3, device='cpu')
+    assert again.history.empty and again.resumed_from == again.steps
+    (tmp_path/'run'/'done.json').write_text('{"steps": 3}')
+    with pytest.raises(StudyError, match='does not say its pictures'): train(Small(), pictures(), feed, RECIPE, tmp_path/'run', 3, device='cpu')
 
 
 def test_checkpoints_hold_no_code(undisturbed):

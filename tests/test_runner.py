@@ -18,6 +18,7 @@ from mimstudy.core.scenes import scenes
 from mimstudy.study import processes, runner
 from mimstudy.study.pipeline import measure, pretrain
 from mimstudy.study.results import Results
+from mimstudy.study.runner import far, status
 from mimstudy.study.tables import TABLES, experiment
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # for the children: many threads on busy cores are slow
@@ -205,14 +206,17 @@ def picture_folder(root, torn):
     return root
 
 
-def test_a_torn_training_picture_is_skipped_to_the_end(tmp_path, monkeypatch):
+def test_a_torn_training_picture_is_skipped_to_the_end(tmp_path, monkeypatch, capsys):
     "Trained without it, counted, and the probe is fitted on the pictures that are left: nothing computed is lost."
     monkeypatch.setenv('MIMSTUDY_DATA_PICS', str(picture_folder(tmp_path/'pics', '16.jpg')))
     asked, results = experiment('semanticmim-t1/maskfeat', 'smoke', 'pics'), Results(tmp_path/'out')
-    with pytest.warns(UserWarning, match='16.jpg'): trained = pretrain(asked, results)
-    with pytest.warns(UserWarning, match='16.jpg'): (record,) = measure(asked, trained, results)
+    trained = pretrain(asked, results)
+    assert status(asked, results) == 'trained'
+    (record,) = measure(asked, trained, results)
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith('warning: ')]
+    assert len(warned) == 2 and all('1 of 45 pictures cannot be decoded' in line and '16.jpg' in line for line in warned)
     assert json.loads((results.run_folder(asked.train_id)/'done.json').read_text())['broken'] == 1
-    assert results.done(asked) and record['n_val'] == 18 and record['evaluation']['n_train'] == 9*4 - 1
+    assert results.done(asked) and record['n_val'] == 18 and record['evaluation']['n_train'] == 9*5 - 1
 
 
 def test_a_torn_validation_picture_is_told_before_the_training(tmp_path, monkeypatch):
@@ -220,6 +224,24 @@ def test_a_torn_validation_picture_is_told_before_the_training(tmp_path, monkeyp
     asked, results = experiment('semanticmim-t1/maskfeat', 'smoke', 'pics'), Results(tmp_path/'out')
     with pytest.raises(StudyError, match='50.jpg cannot be decoded'): pretrain(asked, results)
     assert not results.run_folder(asked.train_id).exists()
+
+
+def test_a_warning_stays_in_sight(tmp_path, monkeypatch):
+    monkeypatch.setenv('MIMSTUDY_DATA_PICS', str(picture_folder(tmp_path/'pics', '16.jpg')))
+    done = subprocess.run([*MIMSTUDY, 'run', 'semanticmim-t1', '--rows', 'pixels', '--scale', 'smoke', '--data', 'pics', '--results', tmp_path/'out'],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and 'pixels seed 0: warning: 1 of 45 pictures cannot be decoded' in done.stderr and '16.jpg' in done.stderr
+
+
+@pytest.mark.parametrize('log', [None, '', 'step,epoch,loss\n', 'step,epoch,loss\n3,0.04,5.54\n4,0.0', 'not,a\nlog'])
+def test_how_far_without_a_whole_log(tmp_path, log):
+    "A log that a killed run left damaged costs the status its number, not the command."
+    results, one = Results(tmp_path), experiment('semanticmim-t1/beit', 'smoke')
+    (folder := results.run_folder(one.train_id)).mkdir(parents=True)
+    (folder/'checkpoint.pt').touch()
+    if log is not None: (folder/'log.csv').write_text(log)
+    assert status(one, results) == 'resumable'
+    assert far(one, results) == ('2 %, epoch 0.0 of 2, loss 5.54' if log and log.startswith('step,epoch,loss\n3') else 'its log is gone')
 
 
 def test_a_relative_results_folder_is_that_of_the_caller(tmp_path):

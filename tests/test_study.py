@@ -11,18 +11,21 @@ from statistics import mean, stdev
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
 
 from mimstudy.core.errors import StudyError
+from mimstudy.engine.files import write_whole
 from mimstudy.engine.recipe import SCALES, Recipe
 from mimstudy.methods.catalogue import METHODS, method_options
 from mimstudy.parts.encoder import Encoder
 from mimstudy.parts.relative import RelativeEncoder
+from mimstudy.study.build import build_task
 from mimstudy.study.evidence import binomial, evidence, spread
 from mimstudy.study.recipes import RECIPES, recipe
 from mimstudy.study.pages import MARKERS, page, pages, readme_block, write_readme, write_tables
 from mimstudy.study.render import conclusions, differences, overview, render, render_blocks
-from mimstudy.study.results import FIELDS, Results, commit, load_encoder, provenance, put_whole, record, save_encoder
+from mimstudy.study.results import FIELDS, Results, commit, load_encoder, provenance, record, save_encoder
 from mimstudy.study.tables import TABLES, Row, Table, experiment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,6 +83,33 @@ def test_every_recipe_can_be_built_and_written(name):
     assert all(r.options[k] == v for k, v in method_options(r.method).items() if k in r.options), 'the defaults of a method are the paper\'s'
     assert Recipe.from_json(json.loads(json.dumps(r.to_json()))) == r
     for scale in SCALES: assert r.at(scale).method == r.method
+
+
+@pytest.mark.parametrize('change, said', [
+    (dict(epochs='ten'), 'epochs must be a whole number'), (dict(epochs=2.5), 'epochs must be a whole number'), (dict(lr='fast'), 'lr must be a number'),
+    (dict(clip=True), 'clip must be a number or none'), (dict(clip_each=1), 'clip_each must be true or false'), (dict(crop=.5), 'crop must be a list'),
+    (dict(crop=(.1, .5, 1)), 'crop must be 2 numbers'), (dict(betas=('a', 'b')), 'betas must be 2 numbers'), (dict(options=3), 'options must be a dictionary'),
+    (dict(lr=math.nan), 'the peak of nan'), (dict(min_lr=1.), 'min_lr must lie between 0 and the peak'), (dict(betas=(.9, 1.)), 'betas must lie in'),
+    (dict(per_class=0), 'per_class must be above 0'), (dict(drop_path=1.), 'drop_path must lie in'), (dict(flip=2), 'flip must lie between'),
+    (dict(weight_decay=-1), 'weight decay must be 0 or more'), (dict(layer_decay=0.), 'layer_decay must lie in'), (dict(width=0), 'width must be above 0'),
+    (dict(ratio=1.), 'ratio must lie strictly between 0 and 1'), (dict(size=30), 'patches of 16 px do not tile pictures of 30 px')])
+def test_a_value_that_cannot_be_right(change, said):
+    with pytest.raises(StudyError, match=said) as e: recipe('beit').but(**change)
+    assert '\n' not in str(e.value) and 'recipe "beit"' in str(e.value)
+
+
+def test_views_that_a_method_cannot_compare():
+    "Crops of their own have no patches in common."
+    small = recipe('conmim_b16_300').at('smoke')
+    for views in 'two', 'multicrop':
+        with pytest.raises(StudyError, match='crops of their own'): build_task(small.but(views=views))
+
+
+def test_a_full_disk_while_an_encoder_is_written(tmp_path, monkeypatch):
+    def full(*_, **__): raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
+    monkeypatch.setattr('mimstudy.study.results.save_file', full)
+    with pytest.raises(StudyError, match='encoder.safetensors cannot be written: No space left'): save_encoder(Encoder(size=16, patch=8, width=8, depth=1, heads=1), tmp_path, {})
+    assert [f.name for f in tmp_path.iterdir()] == ['recipe.json']
 
 
 def test_conmim_options_are_the_papers(): assert recipe('conmim_b16_800').options == dict(tau=.1, momentum=.996)
@@ -221,9 +251,9 @@ def test_a_half_record_is_refused(tmp_path):
 
 
 def test_a_writer_that_dies_leaves_the_old_file(tmp_path):
-    file = put_whole(tmp_path/'a.json', lambda p: p.write_text('old'))
+    file = write_whole(tmp_path/'a.json', lambda p: p.write_text('old'))
     def dies(path): path.write_text('ne'); raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): put_whole(file, dies)
+    with pytest.raises(KeyboardInterrupt): write_whole(file, dies)
     assert file.read_text() == 'old' and [p.name for p in tmp_path.iterdir()] == ['a.json']
 
 

@@ -20,6 +20,7 @@ class Batch(NamedTuple):
 class Task(nn.Module):
     "Anything the loop can train: an interface, with nothing implemented but two empty hooks."
     shared_norms = False   # whether batch norms take their statistics over all processes, on CUDA
+    apart = False          # whether it compares crops of their own, and not views of one crop
 
     def forward(self,
         batch:Batch,       # one step's input

@@ -28,7 +28,8 @@ from torch import Tensor
 from torchvision import datasets
 from ..core.errors import StudyError, choose
 from ..core.scenes import CLASSES, scenes
-from ..core.settings import data_root, settings
+from ..core.settings import data_root, data_variable, settings
+from .files import write_whole
 from .folders import SPLITS, Crop, FolderSet, check_classes, decode, fit, is_picture, list_pictures, pick_split
 
 # %% ../../nbs/engine/30_pictures.ipynb #304be083
@@ -189,14 +190,9 @@ def cached(
             return MemorySet(kept.get_tensor('pictures'), kept.get_tensor('labels'), about['classes'], about['broken'])
     except (OSError, SafetensorError, TypeError): made = make()
     if not file: return made
-    partial = file.with_suffix(f'.{os.getpid()}')
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({'pictures': made.pictures, 'labels': made.labels}, partial,
-                  metadata={'classes': json.dumps(made.classes), 'broken': json.dumps(made.broken)})
-        os.replace(partial, file)
-    except (OSError, SafetensorError):
-        with suppress(OSError): partial.unlink()
+    about = {'classes': json.dumps(made.classes), 'broken': json.dumps(made.broken)}
+    with suppress(StudyError):   # no room for it: the next run makes it again
+        write_whole(file, lambda path: save_file({'pictures': made.pictures, 'labels': made.labels}, path, metadata=about))
     return made
 
 # %% ../../nbs/engine/30_pictures.ipynb #8d2ab6e1
@@ -226,11 +222,14 @@ def download(
     "A set of torchvision, fetched if it is not there; a `StudyError` if it cannot be."
     known = settings()
     root = known.roots.get(name, known.data/name)
+    new = not root.exists()
     try: source = _fetch(name, root, split)
     except (OSError, RuntimeError) as e:
+        if new:
+            with suppress(OSError): root.rmdir()   # which torchvision made, and left empty
         cause = (str(e) or type(e).__name__).splitlines()[0]
-        raise StudyError(f'the data set "{name}" is not in {root} and cannot be downloaded ({cause}); '
-                         f'put its folder under settings.ini [data] {name}') from None
+        raise StudyError(f'the data set "{name}" is not in {root} and cannot be downloaded ({cause}); put its folder under '
+                         f'settings.ini [data] {name}, or in the variable {data_variable(name)}') from None
     if isinstance(source, Path): return read_folder(source, split, size, per_class, strict)
     pictures, ids, classes = source
     keep = first_of_each(ids, per_class)

@@ -20,6 +20,8 @@ from ..parts.mlp import DINOHead
 # %% ../../nbs/methods/dino.ipynb #358655f3
 class DINO(Task):
     "Say of any crop what a slow copy says of the large ones; options as in `dino`."
+    apart = True
+
     def __init__(self, encoder, sizes, tau, taus, warmup, frozen, momentum, centre_momentum):
         super().__init__()
         out, hidden, bottleneck = sizes

@@ -74,6 +74,8 @@ def teacher_says(
 # %% ../../nbs/methods/ibot.ipynb #21dc0be3
 class IBOT(Task):
     "DINO on crops with holes, and at each hole the slow copy's word for what is there; options as in `ibot`."
+    apart = True
+
     def __init__(self, encoder, sizes, shared, tau, taus, patch_taus, warmup, frozen, momentum, centre_momentum, patch_weight):
         super().__init__()
         out, hidden, bottleneck = sizes

@@ -59,6 +59,7 @@ def begin(
 class MoCoV3(Task):
     "Find the other crop of the same picture among all pictures of the batch; options as in `mocov3`."
     shared_norms = True   # as in the release
+    apart = True
 
     def __init__(self, encoder, tau, momentum, hidden, out, freeze_patch_embed, fixed_positions):
         super().__init__()

@@ -25,6 +25,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from ..core.errors import choose
 from ..core.settings import pick_device, pick_precision
+from ..engine.files import write_whole
 from ..engine.optimiser import adamw
 from ..engine.pictures import MemorySet
 from ..engine.recipe import Recipe
@@ -34,7 +35,7 @@ from ..parts.targets import Codes
 from ..parts.tokenizers import KMeansCodes
 from .build import build_feed, build_task
 from .recipes import RECIPES
-from .results import Results, device_name, provenance, put_whole
+from .results import Results, device_name, provenance
 from .tables import slug
 
 # %% ../../nbs/study/60_bench.ipynb #8fca4ff2
@@ -227,4 +228,4 @@ def save_bench(
     rows = json.loads(table.reset_index().to_json(orient='records', double_precision=4))
     about = dict(encoder=encoder, batch=batch, threads=torch.get_num_threads(), precision=pick_precision('auto', device), rows=rows)
     name = f'{encoder}-b{batch}-{slug(device_name(device))}.json'
-    return put_whole(results.root/'bench'/name, lambda p: p.write_text(json.dumps(about | provenance(device), indent=1) + '\n'))
+    return write_whole(results.root/'bench'/name, lambda p: p.write_text(json.dumps(about | provenance(device), indent=1) + '\n'))

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from ..core.errors import StudyError
 from ..core.settings import data_root
 from ..core.task import Batch, Task
-from ..engine.recipe import Recipe
+from ..engine.recipe import APART, Recipe
 from ..methods.catalogue import build, needs
 from ..parts.encoder import Encoder
 from ..parts.masks import Mask, block_mask, chance_mask, mask_from, random_mask, two_masks
@@ -65,6 +65,8 @@ def build_task(
     encoder = build_encoder(recipe, seed)
     given = {'tokenizer': lambda: build_tokenizer(recipe, pictures, seed), 'classes': lambda: len(pictures.classes)}
     task = build(recipe.method, encoder, {name: given[name]() for name in needs(recipe.method)}, **recipe.options)
+    if recipe.views in APART and not task.apart:
+        raise StudyError(f'{recipe.method} compares views of one crop patch by patch, or sees one view; the views {recipe.views} are crops of their own')
     kept_encoder(recipe, task)   # says now, and not after the training, that there is none
     return task
 
@@ -88,7 +90,7 @@ def build_views(
     pictures=None,   # a picture set; one whose workers have cropped and flipped already is not cropped again
 )->Callable[[Tensor, Generator], list[Tensor]]:
     "The function that makes the views of a batch."
-    if recipe.views in ('two', 'multicrop'):
+    if recipe.views in APART:
         return MultiCrop(recipe.size, recipe.patch, scale=recipe.crop, locals=recipe.locals, local_size=recipe.local_size,
                          local_scale=recipe.local_crop, flip=recipe.flip)
     crop, flip = ((1., 1.), 0.) if getattr(pictures, 'crop', None) else (recipe.crop, recipe.flip)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'PREFIXES', 'REASONS', 'timm_config', 'write_timm', 'export_encoder', 'Unread', 'harmless', 'read_weights',
-           'strip', 'from_mmpretrain', 'join_biases', 'shape_of', 'Imported', 'import_encoder']
+           'strip', 'from_mmpretrain', 'join_biases', 'read_heads', 'shape_of', 'Imported', 'import_encoder']
 
 # %% ../../nbs/study/70_exchange.ipynb #37b80456
 import argparse
@@ -15,14 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from ..core.errors import StudyError, choose
+from ..engine.files import write_whole
 from ..parts.encoder import Encoder
 from ..parts.relative import RelativeEncoder
 from ..parts.views import MEAN, STD
-from .results import load_encoder, provenance, put_whole
+from .results import load_encoder, provenance
 
 # %% ../../nbs/study/70_exchange.ipynb #e1775858
 def timm_config(
@@ -49,8 +50,8 @@ def write_timm(
     "Write `model.safetensors` and `config.json` for timm and the hub's layout."
     out, config = Path(out), timm_config(encoder) | dict(mimstudy=dict(encoder=encoder.config) | about | provenance())
     weights = {name: w.contiguous() for name, w in encoder.state_dict().items()}
-    put_whole(out/'config.json', lambda p: p.write_text(json.dumps(config, indent=1) + '\n'))
-    return put_whole(out/'model.safetensors', lambda p: save_file(weights, p, metadata={'format': 'pt'}))
+    write_whole(out/'config.json', lambda p: p.write_text(json.dumps(config, indent=1) + '\n'))
+    return write_whole(out/'model.safetensors', lambda p: save_file(weights, p, metadata={'format': 'pt'}))
 
 def export_encoder(
     run:Path|str,    # a run's folder, or its encoder.safetensors
@@ -59,7 +60,8 @@ def export_encoder(
     "Write the encoder of a finished run for timm; its recipe and the commit travel in the config."
     run = Path(run)
     run = run.parent if run.is_file() else run
-    recipe = json.loads((run/'recipe.json').read_text()) if (run/'recipe.json').is_file() else {}
+    try: recipe = json.loads((run/'recipe.json').read_text()) if (run/'recipe.json').is_file() else {}
+    except ValueError: raise StudyError(f'recipe.json in {run} is damaged; delete it to export the encoder without its recipe') from None
     return write_timm(load_encoder(run), out, dict(recipe=recipe))
 
 # %% ../../nbs/study/70_exchange.ipynb #7d14135c
@@ -141,6 +143,17 @@ def join_biases(
     return out
 
 # %% ../../nbs/study/70_exchange.ipynb #8ed445dc
+def read_heads(
+    file:Path,   # a checkpoint
+)->int:          # H; 0 where it is not said
+    "The number of heads, which no weight shows: from the header of this study's encoders, or the config.json beside timm's."
+    try:
+        if file.suffix == '.safetensors':
+            with safe_open(file, 'pt') as f: header = f.metadata() or {}
+            if 'encoder' in header: return json.loads(header['encoder'])['heads']
+        return json.loads((file.parent/'config.json').read_text())['model_args']['num_heads'] if file.stem in ('model', 'pytorch_model') else 0
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError): return 0
+
 def shape_of(
     s:dict[str, Tensor],   # an encoder's weights, in timm's or the BEiT family's names
     heads:int=0,           # H; 0 reads it from a bias table, or takes heads of 64 channels
@@ -155,6 +168,7 @@ def shape_of(
     if table is not None: side = (round((len(table) - 3)**.5) + 1)//2
     elif 'pos_embed' in s: side = round((s['pos_embed'].shape[1] - prefix)**.5)
     else: raise StudyError('these weights have neither absolute positions nor tables of relative ones')
+    if side < 1: raise StudyError('there are positions for no patch')
     heads = heads or (table.shape[1] if table is not None else width//64)
     if not heads: raise StudyError(f'a width of {width} has no heads of 64 channels, and their number is not in the weights; give it with --heads')
     scale = next((float(v.mean()) for k, v in s.items() if re.search(r'blocks\.0\.(gamma_1|ls1\.gamma)$', k)), None)
@@ -174,6 +188,7 @@ class Imported(NamedTuple):
     encoder: Encoder
     matched: list[str]
     left_out: dict[str, str]   # name -> why
+    guessed: bool              # whether the number of heads is a guess: heads of 64 channels
 
     def _repr_markdown_(self):
         rows = ''.join(f'| `{k}` | {why} |\n' for k, why in self.left_out.items())
@@ -183,23 +198,27 @@ class Imported(NamedTuple):
 def import_encoder(
     file:Path|str,         # a checkpoint of ConMIM, SemanticMIM, BEiT, MAE, MoCo v3, DINO, iBOT, or any timm vision transformer
     part:str='teacher',    # which network of a checkpoint that holds two
-    heads:int=0,           # H, where neither a bias table nor heads of 64 channels tell
+    heads:int=0,           # H; 0 reads it from the file or its config.json, or takes heads of 64 channels
 )->Imported:
     "Open a checkpoint as an encoder of this study; no match, a missing weight or another shape is a `StudyError`."
-    s = read_weights(file, part)
+    file, s = Path(file), read_weights(file, part)
     if not heads and any('base_encoder.' in k for k in s): heads = 12   # MoCo v3's encoders have 12 at every width
-    s = strip(s)
-    if any(k.startswith('layers.0.') for k in s) and 'cls_token' in s: s = from_mmpretrain(s)
-    kind, arguments = shape_of(s, heads)
-    encoder = kind(**arguments)
-    if kind is Encoder: s = join_biases(s)
+    heads, s = heads or read_heads(file), strip(s)
+    try:
+        if any(k.startswith('layers.0.') for k in s) and 'cls_token' in s: s = from_mmpretrain(s)
+        kind, arguments = shape_of(s, heads)
+        encoder = kind(**arguments)
+        if kind is Encoder: s = join_biases(s)
+    except (IndexError, KeyError, ValueError, RuntimeError, ZeroDivisionError) as e:
+        raise StudyError(f'{file.name}: its weights do not have the shapes of a vision transformer ({(str(e) or type(e).__name__).splitlines()[0]})') from None
+    guessed = not heads and kind is Encoder
     wanted = encoder.state_dict()
     wrong = [k for k in wanted if k in s and s[k].shape != wanted[k].shape]
     if wrong:
         have, need = (tuple(t[wrong[0]].shape) for t in (s, wanted))
-        raise StudyError(f'{Path(file).name}: {wrong[0]} has the shape {have}, an encoder of width {encoder.width} needs {need}')
+        raise StudyError(f'{file.name}: {wrong[0]} has the shape {have}, an encoder of width {encoder.width} needs {need}')
     missing = [k for k in wanted if k not in s]
-    if missing: raise StudyError(f'{Path(file).name} lacks {len(missing)} of the {len(wanted)} tensors of an encoder, e.g. {missing[0]}')
+    if missing: raise StudyError(f'{file.name} lacks {len(missing)} of the {len(wanted)} tensors of an encoder, e.g. {missing[0]}')
     encoder.load_state_dict({k: s[k] for k in wanted})
     why = lambda k: next((reason for pattern, reason in REASONS if re.search(pattern, k)), 'has no place in the encoder')
-    return Imported(encoder.eval(), list(wanted), {k: why(k) for k in s if k not in wanted})
+    return Imported(encoder.eval(), list(wanted), {k: why(k) for k in s if k not in wanted}, guessed)

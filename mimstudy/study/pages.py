@@ -11,6 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from ..analysis.scores import blocks_figure, methods_figure
 from ..core.errors import StudyError
+from ..engine.files import write_whole
 from ..engine.recipe import SCALES
 from .evidence import evidence
 from .render import BEST, LEGEND, compared, conclusions, differences, header, overview, render, render_blocks, render_column
@@ -47,12 +48,9 @@ def write_tables(
     folder:Path|str='',  # the folder tables of the results by default
 )->list[Path]:
     "Write a page for every table, scale and data set that has records."
-    folder, written = Path(folder or results.root/'tables'), []
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, scale, data in pages(results):
-        written.append(folder/f'{name}-{scale}-{data}.md')
-        written[-1].write_text(page(TABLES[name], results, scale, data), 'utf-8')
-    return written
+    folder, drawn = Path(folder or results.root/'tables'), {}
+    for name, scale, data in pages(results): drawn[folder/f'{name}-{scale}-{data}.md'] = page(TABLES[name], results, scale, data)
+    return [write_whole(file, lambda path: path.write_text(text, 'utf-8')) for file, text in drawn.items()]
 
 # %% ../../nbs/study/32_pages.ipynb #46686e90
 def page_figure(
@@ -100,5 +98,5 @@ def write_readme(
     readme, (start, end) = Path(readme), MARKERS
     before, found, rest = readme.read_text('utf-8').partition(start)
     if not found or end not in rest: raise StudyError(f'{readme.name} needs the lines {start} and {end}, in this order')
-    readme.write_text(f'{before}{start}\n{readme_block(results)}\n{end}{rest.partition(end)[2]}', 'utf-8')
-    return readme
+    text = f'{before}{start}\n{readme_block(results)}\n{end}{rest.partition(end)[2]}'
+    return write_whole(readme, lambda path: path.write_text(text, 'utf-8'))

@@ -18,15 +18,16 @@ from shutil import get_terminal_size
 from tempfile import TemporaryDirectory
 from typing import NamedTuple, TextIO
 
-import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..core.errors import StudyError, choose
-from ..core.settings import data_root
-from ..engine.checkpoint import resumable
+from ..core.settings import data_root, pick_device, settings
+from ..engine.checkpoint import finished, resumable
+from ..engine.files import writing
+from ..engine.journal import read_log
 from ..engine.pictures import DATA_SETS
-from .processes import Crew, environment, execute, run_notebook
+from .processes import WARNING, Crew, environment, execute, run_notebook
 from .results import Results
 from .tables import TABLES, Experiment, experiment
 
@@ -39,7 +40,7 @@ def check_parameters(
 )->Experiment:    # what these parameters ask for
     "The experiment that a run notebook is asked for; an unknown name or a wrong type is a `StudyError`."
     for name, value in given.items():
-        plain = not name.startswith('_') and isinstance(value, str|int|float|None)
+        plain = not name.startswith('_') and name not in ('In', 'Out') and isinstance(value, str|int|float|list|dict|None)
         if name not in PARAMETERS and not plain: continue
         kind = PARAMETERS[choose(name, PARAMETERS, 'parameter')]
         if type(value) is not kind: raise StudyError(f'the parameter "{name}" must be {KINDS[kind]}, not {value!r}')
@@ -50,15 +51,16 @@ def check_parameters(
 class Step(NamedTuple):
     "One row with one seed, and how far it is."
     experiment: Experiment
-    status: str   # 'done', 'resumable' or 'missing'
+    status: str   # 'done', 'trained', 'resumable' or 'missing'
 
 def status(
     experiment:Experiment,
     results:Results,       # the store
-)->str:                    # 'done', 'resumable' or 'missing'
+)->str:                    # 'done', 'trained' and not measured, 'resumable' or 'missing'
     "How far an experiment is, judged by its records and its training's checkpoint."
     if results.done(experiment): return 'done'
-    return 'resumable' if resumable(results.run_folder(experiment.train_id)) else 'missing'
+    folder = results.run_folder(experiment.train_id)
+    return 'trained' if finished(folder) else 'resumable' if resumable(folder) else 'missing'
 
 # %% ../../nbs/study/40_runner.ipynb #4b5931ca
 def plan(
@@ -72,7 +74,7 @@ def plan(
     "The steps that a table, or some of its rows, asks for; an unknown name is a `StudyError`."
     results = results or Results()
     names = rows or [row.name for row in TABLES[choose(table, TABLES, 'table')].rows]
-    asked = [experiment(f'{table}/{name}', scale, data, seed) for seed in seeds for name in dict.fromkeys(names)]
+    asked = [experiment(f'{table}/{name}', scale, data, seed) for seed in dict.fromkeys(seeds) for name in dict.fromkeys(names)]
     return [Step(one, status(one, results)) for one in asked]
 
 # %% ../../nbs/study/40_runner.ipynb #b0a80719
@@ -81,8 +83,9 @@ def far(
     results:Results,       # the store
 )->str:                    # '43 %, epoch 4.3 of 10, loss 5.12'
     "How far the unfinished training of an experiment is, from the last line of its log."
-    last = pd.read_csv(results.run_folder(experiment.train_id)/'log.csv').iloc[-1]
-    epochs = experiment.recipe.epochs
+    log, epochs = read_log(results.run_folder(experiment.train_id)), experiment.recipe.epochs
+    if log.empty: return 'its log is gone'
+    last = log.iloc[-1]
     return f'{100*last.epoch/epochs:.0f} %, epoch {last.epoch:.1f} of {epochs}, loss {last.loss:.4g}'
 
 # %% ../../nbs/study/40_runner.ipynb #e6858649
@@ -152,11 +155,13 @@ def carry_out(
 )->str|None:                 # None, or why it failed
     "Execute the row's notebook, unless its records are there; raises `Timeout` while another run holds the row."
     e, folder = experiment, results.root/'runs'/experiment.id
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder/'row.lock', timeout=0):
+    with writing(folder): folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder/'row.lock'): lock = FileLock(folder/'row.lock', timeout=0).acquire()
+    with lock:
         if results.done(e): return None
         asked = dict(experiment=e.name, scale=e.scale, data=e.data, seed=e.seed, out=str(results.root.resolve()))
-        return execute(run_notebook('row'), asked, folder, env, lambda line: display.tell(title(e), line), crew)
+        def say(line): (display.keep(f'{title(e)}: {line}') if line.startswith(WARNING) else display.tell(title(e), line))
+        return execute(run_notebook('row'), asked, folder, env, say, crew)
 
 # %% ../../nbs/study/40_runner.ipynb #57e434cc
 def _work(
@@ -177,6 +182,7 @@ def _work(
             queue.append(e)
             time.sleep(1)
             continue
+        except StudyError as e: why = str(e)
         if crew.stopped: return
         if why: failures.append(Failure(title(e), why))
         display.keep(f'error: {title(e)}: {why}') if why else display.tell(title(e), 'done', far=1.)
@@ -190,6 +196,7 @@ def run(
     "Carry out what is not done, each row in a process of its own; an interrupt ends them all."
     results, crew, failures = results or Results(), Crew(), []
     queue = deque(step.experiment for step in steps if step.status != 'done')
+    pick_device(settings().device)   # what is wrong with it is better said before a process starts
     check_data(dict.fromkeys(e.data for e in queue))
     display = Display(len(queue))
     with TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
