@@ -27,7 +27,8 @@ def draw_words(
     mask:Mask,
 )->Tensor:           # (B,N) the words, with the hidden ones drawn anew
     "Replace each hidden word by one drawn from the generator's softmax; visible words stay."
-    drawn = (logits.float() - torch.empty_like(logits, dtype=torch.float).exponential_().log()).argmax(-1)
+    below = logits.float().softmax(-1).cumsum(-1)   # a uniform number falls between the sums of two words
+    drawn = torch.searchsorted(below, torch.rand_like(below[..., :1])*below[..., -1:], right=True)[..., 0].clamp(max=below.shape[-1] - 1)
     if mask.weight is not None: drawn = torch.where(mask.weight > 0, drawn, gather(codes, mask.predict))   # padding points at visible ones
     return codes.scatter(1, mask.predict, drawn)
 
@@ -41,8 +42,9 @@ def local_norm(
     with torch.autocast(x.device.type, enabled=False):
         x = x.float()
         padded = F.pad(x, (near, far, near, far), mode='replicate')
-        mean = F.avg_pool2d(padded, window, 1)
-        var = (F.avg_pool2d(padded.square(), window, 1) - mean.square()).clamp(min=0)
+        def near_mean(x): return F.avg_pool2d(F.avg_pool2d(x, (window, 1), 1), (1, window), 1)   # rows, then columns
+        mean = near_mean(padded)
+        var = (near_mean(padded.square()) - mean.square()).clamp(min=0)
         return (x - mean)/(var + 1e-2).sqrt()
 
 # %% ../../nbs/methods/cim.ipynb #f5de8843

@@ -35,8 +35,13 @@ class Directions(nn.Module):
         frozen:bool=False,   # whether the directions get a gradient of zero
     )->Tensor:               # (…,K) cosines, float32
         "How well `z` agrees with each direction."
-        v = self.weight.detach() + 0*self.weight if frozen else self.weight
-        with torch.autocast(z.device.type, enabled=False): return F.linear(z.float(), F.normalize(v.float(), dim=1))
+        v = self.weight.detach() if frozen else self.weight
+        with torch.autocast(z.device.type, enabled=False):
+            z, v = z.float(), v.float()
+            length = torch.linalg.vector_norm(v, dim=1).clamp(min=1e-12)
+            few = z.shape[:-1].numel() < v.shape[1]   # of the logits and the weights, the fewer are divided
+            cosine = F.linear(z, v)/length if few else F.linear(z, v/length[:, None])
+            return cosine + 0*self.weight[0, 0] if frozen else cosine
 
 # %% ../../nbs/parts/32_mlp.ipynb #c765cdd8
 class DINOHead(nn.Module):
