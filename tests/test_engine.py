@@ -15,7 +15,7 @@ from torch import nn
 from mimstudy.core.errors import StudyError
 from mimstudy.core.task import Batch, Task
 from mimstudy.engine.checkpoint import finished, load_finished, recipe_of
-from mimstudy.engine.optimiser import adamw
+from mimstudy.engine.optimiser import build_optimiser
 from mimstudy.engine.order import Orders, mix
 from mimstudy.engine.recipe import LATER, SCALES, VALUES, Recipe
 from mimstudy.engine.schedules import decay_at, learning_rate
@@ -63,7 +63,7 @@ def test_a_recipe_is_frozen():
 def by_hand(recipe, seed=3):
     "The same training, written out as anybody would."
     task, generator, losses = Small(), torch.Generator(), []
-    optimiser, orders = adamw(task.train(), recipe), Orders(42, recipe.batch, recipe.epochs, seed)
+    optimiser, orders = build_optimiser(task.train(), recipe), Orders(42, recipe.batch, recipe.epochs, seed)
     for step, (x, labels) in enumerate(pictures().batches(orders)):
         for group in optimiser.param_groups:
             group['lr'] = learning_rate(recipe, step, orders.per_epoch)

@@ -5,7 +5,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mimstudy.core.errors import StudyError
-from mimstudy.engine.optimiser import adamw, decay_groups, layer_of
+from mimstudy.engine.optimiser import build_optimiser, decay_groups, layer_of
 from mimstudy.engine.recipe import Recipe
 
 SPARED = ('cls_token', 'reg_token', 'pos_embed')
@@ -87,7 +87,7 @@ def test_fused_adamw_is_adamw():
     recipe = Recipe(betas=(.9, .98), lr=1e-2)
     line = nn.Linear(4, 3)
     w, x = line.weight.detach().double().clone(), torch.randn(8, 4)
-    m, v, optimiser = torch.zeros_like(w), torch.zeros_like(w), adamw(line, recipe)
+    m, v, optimiser = torch.zeros_like(w), torch.zeros_like(w), build_optimiser(line, recipe)
     for step in range(1, 11):
         optimiser.zero_grad()
         line(x).square().sum().backward()

@@ -38,12 +38,15 @@ def cosine(
 
 # %% ../../nbs/engine/10_schedules.ipynb #20eba009
 def learning_rate(
-    recipe:Recipe,   # `lr`, `min_lr`, `epochs`, `warmup` and `warmup_start` are read
+    recipe:Recipe,   # `lr`, `min_lr`, `epochs`, `warmup`, `warmup_start`, `schedule` and `stair` are read
     step:int,        # the optimiser step, counted from 0
     per_epoch:int,   # optimiser steps in an epoch
 )->float:
     "The learning rate of one optimiser step, before any layer-wise factor."
-    return float(cosine_at(step, recipe.lr, recipe.min_lr, recipe.epochs*per_epoch, round(recipe.warmup*per_epoch), recipe.warmup_start))
+    base, end, steps, warmup = recipe.lr, recipe.min_lr, recipe.epochs*per_epoch, round(recipe.warmup*per_epoch)
+    if step < warmup or recipe.schedule == 'cosine': return float(cosine_at(step, base, end, steps, warmup, recipe.warmup_start))
+    if recipe.schedule == 'linear': return end + (base - end)*(1 - (step - warmup)/max(steps - warmup, 1))
+    return base*.1**(step//round(recipe.stair*per_epoch))
 
 # %% ../../nbs/engine/10_schedules.ipynb #3ff22b4f
 def decay_at(

@@ -26,7 +26,7 @@ from .checkpoint import check_same, finished, finished_summary, identity, load_c
 from .files import alone
 from .hardware import peak_memory, seed_layers, share_norms, start_accelerator
 from .journal import Journal, Progress, read_log
-from .optimiser import adamw, clip_each
+from .optimiser import build_optimiser, clip_each
 from .order import Orders, mix
 from .pictures import PictureSet
 from .recipe import Recipe
@@ -91,7 +91,7 @@ def begin(
     "A run at its first step, or where its checkpoint was written; a `StudyError` if the folder holds another training."
     task.to(accelerator.device).train()
     share_norms(task, accelerator)
-    model, optimiser = accelerator.prepare(task, adamw(task, recipe, fused=accelerator.scaler is None))
+    model, optimiser = accelerator.prepare(task, build_optimiser(task, recipe, fused=accelerator.scaler is None))
     if accelerator.scaler is None: optimiser = optimiser.optimizer   # the wrapper looks for other libraries in every step
     saved = take_up(task, optimiser, out, identity(recipe, seed, len(pictures)), accelerator)
     orders = Orders(len(pictures), recipe.batch, recipe.epochs, seed, saved['step'], accelerator.gradient_accumulation_steps,

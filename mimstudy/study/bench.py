@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..core.errors import choose
 from ..core.settings import pick_device, pick_precision
 from ..engine.files import write_whole
-from ..engine.optimiser import adamw
+from ..engine.optimiser import build_optimiser
 from ..engine.pictures import MemorySet
 from ..engine.recipe import Recipe
 from ..methods.catalogue import METHODS
@@ -72,7 +72,7 @@ def bare_step(recipe:Recipe, device:torch.device, precision:str)->tuple[Callable
     x = torch.randn(recipe.batch, 3, recipe.size, recipe.size, device=device)
     def loss():
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'): return model.forward_features(x).float().square().mean()
-    return step_of(loss, adamw(model, recipe)), model
+    return step_of(loss, build_optimiser(model, recipe)), model
 
 def method_step(recipe:Recipe, device:torch.device, precision:str)->tuple[Callable, torch.nn.Module, Callable]:
     "One step of a method on one fixed batch, the method, and the function that makes such a batch."
@@ -87,7 +87,7 @@ def method_step(recipe:Recipe, device:torch.device, precision:str)->tuple[Callab
     batch = make()
     def loss():
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'): return task(batch, 0.)['loss']
-    return step_of(loss, adamw(task, recipe), lambda: task.after_step(0.)), task, make
+    return step_of(loss, build_optimiser(task, recipe), lambda: task.after_step(0.)), task, make
 
 # %% ../../nbs/study/60_bench.ipynb #5d0e6e85
 def widen(

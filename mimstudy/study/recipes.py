@@ -38,7 +38,8 @@ CONMIM_SOURCES = {
     **stands('ConMIM §4 names the flip; the probability is the release\'s', 'flip'),
     **stands('ConMIM Table 10; the release takes it as it is, whatever the batch', 'lr', 'batch'),
     **stands('ConMIM Table 10: 10 epochs; the release\'s default is 5, its command 10', 'warmup'),
-    **stands('ConMIM Table 10 says Adam; the release runs AdamW with these betas', 'betas'),
+    **stands('ConMIM Table 10 says Adam; the release runs AdamW with these betas', 'betas', 'optimiser'),
+    **stands('ConMIM Table 10: cosine', 'schedule', 'stair'),
     **stands('ConMIM Table 10: 3; the release clips only when asked, its ViT-L command asks for 1', 'clip'),
     **stands('all gradients together, as PyTorch clips', 'clip_each'),
     **stands('ConMIM release', 'warmup_start', 'no_decay', 'init'),
@@ -61,7 +62,8 @@ CONMIM_S16_300 = replace(CONMIM, name='conmim_s16_300', epochs=300, width=384, h
 
 # %% ../../nbs/study/00_recipes.ipynb #90f60a4d
 SEMANTIC_SOURCES = {
-    **stands('SemanticMIM Table 2', 'epochs', 'batch', 'eps', 'betas', 'lr', 'min_lr', 'warmup', 'weight_decay', 'crop', 'flip'),
+    **stands('SemanticMIM Table 2', 'epochs', 'batch', 'eps', 'betas', 'lr', 'min_lr', 'warmup', 'weight_decay', 'crop', 'flip', 'schedule', 'stair'),
+    **stands('SemanticMIM Table 2: Adam; AdamW, as a weight decay means', 'optimiser'),
     **stands('SemanticMIM §4.1', 'data', 'per_class', 'size', 'width', 'depth', 'heads', 'patch'),
     **stands('SemanticMIM §4.1: random patches, where BEiT and MaskFeat hid blocks', 'mask', 'unit'),
     **stands('SemanticMIM §3.1: the hidden patches are predicted; the release can draw a second set, and leaves it off', 'predict_ratio'),
@@ -110,11 +112,12 @@ SIMMIM = Recipe(name='simmim', method='simmim', data='imagenet', size=224, width
     | stands('SimMIM release, times 4: its rates are for a batch of 512', 'lr', 'min_lr')
     | stands('SimMIM release, times 4; its rate falls to a tenth at epoch 700, here it is a cosine', 'min_lr')
     | stands('SimMIM release, which draws and rescales its weights as ConMIM\'s does', 'init')
-    | stands('not used by SimMIM', 'tokenizer', 'codes', 'predict_ratio', 'layer_decay', 'mlp_drops', 'locals', 'local_size', 'local_crop', 'weight_decay_end')
+    | stands('not used by SimMIM', 'tokenizer', 'codes', 'predict_ratio', 'layer_decay', 'mlp_drops', 'locals', 'local_size', 'local_crop',
+             'weight_decay_end', 'stair')
     | stands('there is one network', 'kept'))
 
 # %% ../../nbs/study/00_recipes.ipynb #f4ca4d50
-NEVER = ('unit', 'predict_ratio', 'tokenizer', 'codes', 'layer_decay', 'mlp_drops', 'layer_scale')
+NEVER = ('unit', 'predict_ratio', 'tokenizer', 'codes', 'layer_decay', 'mlp_drops', 'layer_scale', 'stair')
 
 def published(
     source:str,        # where all of it stands, unless `said` knows better
