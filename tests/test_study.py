@@ -24,7 +24,7 @@ from mimstudy.study.build import build_task
 from mimstudy.study.evidence import binomial, evidence, spread
 from mimstudy.study.recipes import RECIPES, recipe
 from mimstudy.study.pages import MARKERS, page, pages, readme_block, write_readme, write_tables
-from mimstudy.study.render import conclusions, differences, overview, render, render_blocks
+from mimstudy.study.render import conclusions, differences, measured, overview, render, render_blocks
 from mimstudy.study.results import FIELDS, Results, commit, load_encoder, provenance, record, save_encoder
 from mimstudy.study.tables import TABLES, Row, Table, experiment
 
@@ -412,8 +412,8 @@ COMPARED = [t for t in TABLES.values() if any(row.paper for row in t.rows)]
 
 def test_every_number_of_an_overview_has_its_source(filled):
     for table in TABLES.values():
-        (head, *lines), = tables_in(overview(table, evidence(table, filled, 'laptop')))
-        columns = [c for c in table.columns if c.measure]
+        shown = evidence(table, filled, 'laptop')
+        (head, *lines), columns = *tables_in(overview(table, shown)), measured(table, shown)
         assert len(head) == len(columns) + 3 and [line[0] for line in lines] == [r.label for r in table.rows]
         for row, line in zip(table.rows, lines, strict=True):
             for column, cell in zip(columns, line[1:], strict=False):
@@ -427,7 +427,7 @@ def test_every_difference_has_its_source(filled):
     bold = set()
     for table in TABLES.values():
         head, _, *lines = ([c.strip() for c in line.strip('| ').split(' | ')] for line in differences(table, evidence(table, filled, 'laptop')).splitlines())
-        columns = [c for c in table.columns if c.measure]
+        columns = measured(table, evidence(table, filled, 'laptop'))
         rows = [r for r in table.rows if r.baseline]
         assert len(head) == len(columns) + 2 and [line[0] for line in lines] == [r.label for r in rows]
         for row, (_, against, *cells) in zip(rows, lines, strict=True):
@@ -449,7 +449,7 @@ def test_every_number_of_a_page_has_its_source(filled):
     for table in COMPARED:
         text, walked = render(table, filled, 'laptop'), 0
         found = tables_in(text)
-        columns = [c for c in table.columns if c.measure]
+        columns = measured(table, evidence(table, filled, 'laptop'))
         for column, (head, *lines) in zip(columns, found, strict=False):
             assert head[2:] == ['here', 'against', 'difference, paper', 'difference, here', 'same sign?'] and len(lines) == len(table.rows)
             for row, cells in zip(table.rows, lines, strict=True):
@@ -471,7 +471,7 @@ def test_every_number_of_a_page_has_its_source(filled):
                 else: assert same == ('yes' if (sure > 0) == (published[0] > published[1]) else 'no') + ('' if len(set(read(row)) & set(read(base))) > 2 else ', a hint')
                 walked += sum(bool(re.search(r'\d', c)) for c in (paper, here, theirs, ours))
         for head, *lines in found[len(columns):]:
-            unmeasured = [c for c in table.columns if not c.measure]
+            unmeasured = [c for c in table.columns if c not in columns]
             assert head[1:] == [c.label for c in unmeasured]
             for row, cells in zip(table.rows, lines, strict=True):
                 assert cells[1:] == [f'{row.paper[c.name]:.{table.digits}f}' if c.name in row.paper else '—' for c in unmeasured]
@@ -505,7 +505,7 @@ def test_every_number_of_the_sentences_stands_in_a_table(filled):
 def test_a_table_without_records_says_not_run(tmp_path):
     for table in TABLES.values():
         text = render(table, Results(tmp_path), 'laptop')
-        for column, (head, *lines) in zip([c for c in table.columns if c.measure], tables_in(text), strict=False):
+        for column, (head, *lines) in zip(measured(table, evidence(table, Results(tmp_path), 'laptop')), tables_in(text), strict=False):
             if table in COMPARED: assert {line[2] for line in lines} <= {'not run', '—'} and {line[5] for line in lines} == {'—'}
             else: assert {cell for line in lines for cell in line[1:]} == {'not run', '—'}
         assert 'not run' in text.splitlines()[2] and not render_blocks(table, Results(tmp_path), 'laptop')

@@ -14,7 +14,7 @@ from ..core.errors import StudyError
 from ..engine.files import write_whole
 from ..engine.recipe import SCALES
 from .evidence import evidence
-from .render import BEST, LEGEND, compared, conclusions, differences, header, overview, render, render_blocks, render_column
+from .render import BEST, LEGEND, compared, conclusions, differences, header, measured, overview, render, render_blocks, render_column
 from .results import Results, score_frame
 from .tables import TABLES, Table
 
@@ -83,8 +83,8 @@ def readme_block(
             continue
         told.add(table.name)
         parts += [f'### {title}', f'{header(shown)} · [every block]({at})']
-        for c in table.columns:
-            if c.measure and compared(table): parts += [f'**{c.label}**', render_column(table, c, shown)]
+        for c in measured(table, shown):
+            if compared(table): parts += [f'**{c.label}**', render_column(table, c, shown)]
         if compared(table): parts += ['\n'.join(f'- {s}' for s in conclusions(table, results, shown.scale, shown.data, seeds=3))]
         else: parts += [overview(table, shown)]
     if parts: parts += [f'{BEST} {LEGEND}']

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_RUN', 'NONE', 'CLAIMS', 'LEGEND', 'BEST', 'show_score', 'show_difference', 'same_sign', 'grid',
-           'paper_difference', 'render_column', 'overview', 'compared', 'header', 'render', 'block_line',
+           'paper_difference', 'render_column', 'measured', 'overview', 'compared', 'header', 'render', 'block_line',
            'render_blocks', 'sentence', 'conclusions', 'differences']
 
 # %% ../../nbs/study/30_render.ipynb #2633daf7
@@ -70,12 +70,20 @@ def render_column(
     return grid(['', paper, 'here', 'against', 'difference, paper', 'difference, here', 'same sign?'], lines)
 
 # %% ../../nbs/study/30_render.ipynb #e825af7c
+def measured(
+    table:Table,
+    shown:Evidence,
+)->list[Column]:
+    "The columns that a probe reads, and those of other protocols that have been run."
+    run = {protocol for _, _, protocol in shown.records}
+    return [c for c in table.columns if c.measure.split('/')[0] in (*table.probes, *run)]
+
 def overview(
     table:Table,
     shown:Evidence,
 )->str:                # markdown
     "One line per row: each measured score with its block, images per second in training, seconds."
-    columns, lines = [c for c in table.columns if c.measure], []
+    columns, lines = measured(table, shown), []
     for row in table.rows:
         mine = [r for (name, _, _), r in shown.records.items() if name == row.name]
         def cell(column):
@@ -91,8 +99,8 @@ def overview(
 def compared(
     table:Table,
 )->bool:
-    "Whether a paper has numbers for any of its measured columns."
-    return any(table.paper(row, c) is not None for row in table.rows for c in table.columns if c.measure)
+    "Whether a paper has numbers for any of its columns."
+    return any(table.paper(row, c) is not None for row in table.rows for c in table.columns)
 
 # %% ../../nbs/study/30_render.ipynb #e9c039e7
 CLAIMS = dict(smoke='the wiring works; its numbers say nothing about the papers',
@@ -132,14 +140,17 @@ def render(
     data:str='',     # a data set's name; the scale's own by default
 )->str:              # markdown
     "The table: paper, here, differences from the baselines; what has no record says 'not run'."
-    shown, unmeasured = evidence(table, results, scale, data), [c for c in table.columns if not c.measure]
+    shown = evidence(table, results, scale, data)
+    columns = measured(table, shown)
+    unmeasured = [c for c in table.columns if c not in columns]
     parts = [f'**{table.title}** ({table.source})', header(shown), ' '.join(filter(None, [f'What this scale can show: {CLAIMS[scale]}.', table.note]))]
-    for c in table.columns:
-        if c.measure and compared(table): parts += [f'**{c.label}** (`{c.measure}`)' + (f': {c.note}' if c.note else ''), render_column(table, c, shown)]
+    for c in columns:
+        if compared(table): parts += [f'**{c.label}** (`{c.measure}`)' + (f': {c.note}' if c.note else ''), render_column(table, c, shown)]
     if not compared(table): parts += [overview(table, shown)]
     if unmeasured:
         def number(row, c): return NONE if (p := table.paper(row, c)) is None else f'{p:.{table.digits}f}'
-        parts += ['The paper also has these columns; here they are *not run*, for want of the protocol.',
+        asked = ' '.join(dict.fromkeys(c.measure.split('/')[0] for c in unmeasured))
+        parts += [f'The paper also has these columns; here they are *not run*, which `mimstudy run {table.name} --protocols {asked}` would change.',
                   grid(['paper only', *(c.label for c in unmeasured)], [[r.label, *(number(r, c) for c in unmeasured)] for r in table.rows])]
     return '\n\n'.join([*parts, LEGEND if scale == 'paper' else f'{BEST} {LEGEND}'])
 
@@ -203,7 +214,7 @@ def conclusions(
     "Plain sentences, one per comparison; the rows that were not run are named last."
     shown = evidence(table, results, scale, data)
     if scale == 'smoke': return [f'At smoke scale, {CLAIMS["smoke"]}.']
-    pairs = [(row, c) for row in table.rows if row.baseline for c in table.columns if c.measure]
+    pairs = [(row, c) for row in table.rows if row.baseline for c in measured(table, shown)]
     said = [sentence(table, row, c, shown) for row, c in pairs if (d := shown.difference(row, table.row(row.baseline), c)) and d.n >= seeds]
     missing = [r.label for r in table.rows if not any(name == r.name for name, _, _ in shown.records)]
     return [*filter(None, said), *([f'Not run: {", ".join(missing)}.'] if missing else [])]
@@ -214,7 +225,7 @@ def differences(
     shown:Evidence,
 )->str:              # markdown
     "What each row has over its baseline, in points of each measured column."
-    columns = [c for c in table.columns if c.measure]
+    columns = measured(table, shown)
     def cell(row, base, c):
         if (d := shown.difference(row, base, c)) is None: return NONE
         return f'{d.mean:+.1f}' if d.noise else f'**{d.mean:+.1f}**'

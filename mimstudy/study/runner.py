@@ -27,12 +27,13 @@ from ..engine.checkpoint import finished, resumable
 from ..engine.files import writing
 from ..engine.journal import read_log
 from ..engine.pictures import DATA_SETS
+from .pipeline import data_of
 from .processes import WARNING, Crew, environment, execute, run_notebook
 from .results import Results
-from .tables import TABLES, Experiment, experiment
+from .tables import TABLES, Experiment, experiment, slug
 
 # %% ../../nbs/study/40_runner.ipynb #bed2fcf6
-PARAMETERS = dict(experiment=str, scale=str, data=str, seed=int, out=str)
+PARAMETERS = dict(experiment=str, scale=str, data=str, seed=int, out=str, protocols=str)
 KINDS = {str: 'a text', int: 'a whole number'}
 
 def check_parameters(
@@ -45,7 +46,7 @@ def check_parameters(
         kind = PARAMETERS[choose(name, PARAMETERS, 'parameter')]
         if type(value) is not kind: raise StudyError(f'the parameter "{name}" must be {KINDS[kind]}, not {value!r}')
     if given['seed'] < 0: raise StudyError(f'the parameter "seed" must be 0 or more, not {given["seed"]}')
-    return experiment(given['experiment'], given['scale'], given['data'], given['seed'])
+    return experiment(given['experiment'], given['scale'], given['data'], given['seed'], tuple(given.get('protocols', '').split()))
 
 # %% ../../nbs/study/40_runner.ipynb #e525574d
 class Step(NamedTuple):
@@ -70,12 +71,13 @@ def plan(
     data:str='',                # a data set's name; '' is the one of the scale
     seeds:Sequence[int]=(0,),   # one run each
     results:Results|None=None,  # the store; the one in the settings by default
+    protocols:Sequence[str]=(), # of the table; its probes by default
 )->list[Step]:
     "The steps that a table, or some of its rows, asks for; an unknown name is a `StudyError`."
     results = results or Results()
     names = rows or [row.name for row in TABLES[choose(table, TABLES, 'table')].rows]
-    asked = [experiment(f'{table}/{name}', scale, data, seed) for seed in dict.fromkeys(seeds) for name in dict.fromkeys(names)]
-    return [Step(one, status(one, results)) for one in asked]
+    asked = [experiment(f'{table}/{name}', scale, data, seed, tuple(protocols)) for seed in dict.fromkeys(seeds) for name in dict.fromkeys(names)]
+    return [Step(one, status(one, results)) for one in asked if one.protocols]
 
 # %% ../../nbs/study/40_runner.ipynb #b0a80719
 def far(
@@ -154,14 +156,16 @@ def carry_out(
     crew:Crew,
 )->str|None:                 # None, or why it failed
     "Execute the row's notebook, unless its records are there; raises `Timeout` while another run holds the row."
-    e, folder = experiment, results.root/'runs'/experiment.id
+    e, asked = experiment, ' '.join(experiment.protocols)
+    page = e.id if e.protocols == TABLES[e.table].probes else f'{e.id}-{slug(asked)}'   # another page than the probes'
+    folder = results.root/'runs'/page
     with writing(folder): folder.mkdir(parents=True, exist_ok=True)
     with writing(folder/'row.lock'): lock = FileLock(folder/'row.lock', timeout=0).acquire()
     with lock:
         if results.done(e): return None
-        asked = dict(experiment=e.name, scale=e.scale, data=e.data, seed=e.seed, out=str(results.root.resolve()))
+        given = dict(experiment=e.name, scale=e.scale, data=e.data, seed=e.seed, out=str(results.root.resolve()), protocols=asked)
         def say(line): (display.keep(f'{title(e)}: {line}') if line.startswith(WARNING) else display.tell(title(e), line))
-        return execute(run_notebook('row'), asked, folder, env, say, crew)
+        return execute(run_notebook('row'), given, folder, env, say, crew)
 
 # %% ../../nbs/study/40_runner.ipynb #57e434cc
 def _work(
@@ -197,7 +201,7 @@ def run(
     results, crew, failures = results or Results(), Crew(), []
     queue = deque(step.experiment for step in steps if step.status != 'done')
     pick_device(settings().device)   # what is wrong with it is better said before a process starts
-    check_data(dict.fromkeys(e.data for e in queue))
+    check_data(dict.fromkeys(name for e in queue for name in data_of(e)))
     display = Display(len(queue))
     with TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         env = environment(folder, jobs)
