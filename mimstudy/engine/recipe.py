@@ -21,7 +21,7 @@ POSITIONS = ('absolute', 'relative')                 # learned per patch, or one
 MASKS = ('random', 'block', 'chance', 'none')        # single units at random; BEiT's rectangles; iBOT's, on some crops; nothing hidden, all predicted
 INITS = ('timm', 'conmim', 'beit', 'maskfeat', 'xavier')     # how weights are drawn
 VIEWS = ('weak', 'jitter', 'weak,strong', 'weak,release', 'strong,strong', 'weak,weak', 'strong,weak',   # of one crop: the student's, then the slow network's
-         'rand', 'rand+jitter',                      # fine-tuning's: RandAugment and erasing, with a colour jitter besides
+         'rand', 'rand+jitter',                      # where classes are told: RandAugment and erasing, with a colour jitter besides
          'two', 'multicrop')                         # crops of their own: two large ones; two large and several small ones
 APART = ('two', 'multicrop')                         # those whose views are crops of their own
 KEPT = ('student', 'teacher')                        # the network that is evaluated: the trained one, or its slow copy

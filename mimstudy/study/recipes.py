@@ -163,9 +163,9 @@ CIM = published('CIM: trained as BEiT, whose recipe SemanticMIM Table 2 gives; i
     lr=1.5e-3, min_lr=1e-5, warmup=10, betas=(.9, .98), clip=3.)
 
 DEIT = published('DeiT release, ViT-B', dict(lr='DeiT release: 5e-4 for a batch of 512, times 2', options='DeiT: mixup .8, cutmix 1, smoothing .1',
-        views='crop and flip; DeiT\'s RandAugment, random erasing and repeated augmentation are not used here', kept='there is one network',
+        views='DeiT: RandAugment 9/0.5 and erasing .25; its repeated augmentation is not used here', kept='there is one network',
         prefix='DeiT: one [CLS]'), (*WHOLE, *ALONE, 'weight_decay_end'),
-    name='deit', method='deit', crop=(.08, 1.), views='weak', drop_path=.1, epochs=300, batch=1024, lr=1e-3, min_lr=1e-5, warmup=5,
+    name='deit', method='deit', crop=(.08, 1.), views='rand', drop_path=.1, epochs=300, batch=1024, lr=1e-3, min_lr=1e-5, warmup=5,
     warmup_start=1e-3, weight_decay=.05, clip=None)
 
 # %% ../../nbs/study/00_recipes.ipynb #c86b1e2a
