@@ -97,7 +97,7 @@ def show_labels(
     "The label maps in colours, with a legend of the regions that occur."
     columns, present = min(columns, len(maps)), maps.unique().tolist()
     palette = torch.tensor([to_rgb(plt.cm.tab20(k % 20)) for k in range(len(names))])
-    side_by_side = min(8, 2*columns)
+    side_by_side = min(8, 3*columns//2)
     figure, axes = _sheet(-(-len(maps)//columns), columns, extra=.2*-(-len(present)//side_by_side) + .1)
     for panel, colours in zip(axes.flat, _rgb(palette[maps.cpu().long()].permute(0, 3, 1, 2))): panel.imshow(colours)
     figure.legend(handles=[Patch(color=palette[k].tolist(), label=names[k]) for k in present], loc='outside lower center', ncols=side_by_side,
