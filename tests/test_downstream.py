@@ -27,10 +27,10 @@ from mimstudy.study.build import build_encoder
 from mimstudy.study.command import app
 from mimstudy.study.downstream import build_downstream, downstream, feed_downstream
 from mimstudy.study.evidence import evidence
-from mimstudy.study.pipeline import Pretrained, data_of, measure, transfer_recipe
+from mimstudy.study.pipeline import Pretrained, measure, recipes_of
 from mimstudy.study.recipes import recipe
 from mimstudy.study.render import measured, render
-from mimstudy.study.results import Results
+from mimstudy.study.results import Results, record
 from mimstudy.study.runner import check_parameters, plan
 from mimstudy.study.tables import TABLES, experiment
 from mimstudy.study.transfers import TRANSFERS, transfer, transfer_at
@@ -172,7 +172,7 @@ def test_undecided_pixels_teach_nothing():
     maps = WORLD.maps.clone()
     maps[:, :16] = 255
     task = UperNet(for_tuning(encoder(width=48)), len(REGIONS), 16, auxiliary=0.).eval()
-    wanted = F.cross_entropy(task.logits(X, 32)[0][:, :, 16:], WORLD.maps[:, 16:].long())
+    wanted = F.cross_entropy(task.logits(task.maps(X), 32)[:, :, 16:], WORLD.maps[:, 16:].long())
     assert_close(task(Batch([X], label=maps), 0.)['loss'], wanted)
     heads = Segmenter(for_tuning(encoder()), len(REGIONS), answer=32)
     wanted = sum(F.cross_entropy(F.interpolate(h(m), (32, 32), mode='bilinear')[:, :, 16:], WORLD.maps[:, 16:].long()) for h, m in zip(heads.heads, heads.maps(X)))
@@ -217,8 +217,21 @@ def test_a_row_is_measured_by_what_is_asked_for():
     assert experiment('semanticmim-t1/beit', 'smoke').protocols == ('linear',)
     asked = check_parameters(dict(experiment='semanticmim-t1/beit', scale='smoke', data='', seed=0, out='', protocols='voc linear voc'))
     assert asked.protocols == ('voc', 'linear') and asked.id == experiment('semanticmim-t1/beit', 'smoke').id
-    assert data_of(asked) == ['scenes'] and set(data_of(experiment('semanticmim-t1/beit', 'paper', protocols=('voc', 'finetune')))) == {'imagenet', 'voc'}
-    assert transfer_recipe(experiment('conmim-t8/tau=0.1', 'smoke'), 'finetune').views == 'rand+jitter'
+    assert [r.data for r in recipes_of(asked)] == ['scenes']*2
+    assert [r.data for r in recipes_of(experiment('semanticmim-t1/beit', 'paper', 'imagenette', protocols=('voc', 'finetune')))] == ['imagenette', 'voc', 'imagenette']
+    conmim = experiment('conmim-t8/tau=0.1', 'smoke', protocols=('finetune', 'finetune-release'))
+    assert [r.views for r in recipes_of(conmim)[1:]] == ['rand+jitter', 'rand']
+    rows = [experiment(f'semanticmim-t1/{row}', 'paper').transfer('finetune-release') for row in ('beit+semanticmim', 'maskfeat+semanticmim')]
+    assert [(r.lr, r.batch, r.options.get('statistics')) for r in rows] == [(4e-3, 1024, 'inception'), (8e-3, 2048, None)]
+
+
+def test_a_record_of_another_recipe_is_not_the_one_asked_for(monkeypatch, tmp_path):
+    "When a transfer's recipe changes, its records are stale, like those of a pre-training."
+    e, table, results = experiment('semanticmim-t1/random', 'smoke', protocols=('voc',)), TABLES['semanticmim-t1'], Results(tmp_path)
+    results.add(record(e, 'voc', {'voc/best/patch': 12.}, n_val=1024))
+    assert results.done(e) and evidence(table, results, 'smoke').stale == 0
+    monkeypatch.setitem(TRANSFERS, 'semanticmim_voc', transfer('semanticmim_voc').but(weight_decay=.5))
+    assert not results.done(e) and evidence(table, results, 'smoke').stale == 1
 
 
 def test_pixels_are_passed_over(tmp_path):
@@ -272,8 +285,22 @@ def test_a_transfer_goes_on_where_it_was_stopped(tmp_path):
     r = transfer_at(transfer('semanticmim_voc'), recipe('maskfeat').at('smoke'), 'smoke')
     sets = (MemorySet(WORLD.pictures.repeat(2, 1, 1, 1), WORLD.maps.repeat(2, 1, 1), list(REGIONS)), MemorySet(WORLD.pictures, WORLD.maps, list(REGIONS)))
     first = downstream('voc', r, build_encoder(r), tmp_path, sets=sets)
-    assert downstream('voc', r, build_encoder(r), tmp_path, sets=sets) == first
+    again = downstream('voc', r, build_encoder(r), tmp_path, sets=sets)
+    assert again.scores == first.scores and again.seconds == pytest.approx(first.seconds, abs=.5)   # of all sessions
+    with pytest.raises(StudyError, match='another encoder'): downstream('voc', r, build_encoder(r, seed=1), tmp_path, sets=sets)
     with pytest.raises(StudyError): downstream('voc', r.but(lr=.5), build_encoder(r), tmp_path, sets=sets)
+
+
+def test_other_classes_are_told(tmp_path):
+    r, some = transfer_at(transfer('semanticmim_finetune'), recipe('maskfeat').at('smoke'), 'smoke'), torch.arange(24) % 4
+    for names in ('abc', 'abce'):
+        sets = MemorySet(WORLD.pictures, some, list('abcd')), MemorySet(WORLD.pictures, some % 3, list(names))
+        with pytest.raises(StudyError, match='other classes'): downstream('finetune', r, build_encoder(r), sets=sets)
+
+
+def test_a_run_notebook_is_told_that_pixels_have_no_encoder():
+    with pytest.raises(StudyError, match='no encoder'):
+        check_parameters(dict(experiment='semanticmim-t1/pixels', scale='smoke', data='', seed=0, out='', protocols='finetune'))
 
 
 def test_the_relative_encoder_keeps_a_table_for_each_block():

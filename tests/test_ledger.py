@@ -111,8 +111,9 @@ EFFECTS = {
     ('SemanticMIM', 6): lambda a, b: [len(list(build_encoder(r.at('smoke')).blocks[-1].drop_path2.modules())) for r in (a, b)] == [1, 3],
     ('SemanticMIM', 7): lambda a, b: same_but(a, b, 'options', 'views', 'warmup', 'min_lr', 'weight_decay', 'layer_decay') and tuned(a)[0].mixup is None
                                      and tuned(b)[0].mixup is not None and {g.get('lr_scale', 1.) for g in tuned(a)[1]} == {1.} < {g['lr_scale'] for g in tuned(b)[1]},
-    ('SemanticMIM', 9): lambda a, b: same_but(a, b, 'lr', 'weight_decay') and (a.lr, b.lr) == (.01, .02)
+    ('SemanticMIM', 9): lambda a, b: same_but(a, b, 'lr', 'weight_decay', 'options') and (a.lr, b.lr) == (.01, .02)
                                      and [max(g['weight_decay'] for g in tuned(r)[1]) for r in (a, b)] == [0., 1e-4],
+    ('SemanticMIM', 10): lambda a, b: 2*mean_iou(HALF, tuned(b)[0].absent) == mean_iou(HALF, tuned(a)[0].absent) == mean_iou(HALF) == 100,
     ('SemanticMIM', 13): lambda a, b: any('ls1.gamma' in n for n in task(a).state_dict()) and not any('ls1.gamma' in n for n in task(b).state_dict()),
     ('SemanticMIM', 14): lambda a, b: spread(a) > 2*spread(b),
     ('SemanticMIM', 16): lambda a, b: 'pathway.encoder.cls_token' in decayed(b) - decayed(a) and 'pathway.mask_token' in decayed(a) - decayed(b),
@@ -127,7 +128,6 @@ MEASURES = {
     ('SemanticMIM', 4): lambda: [replace(column('voc'), block=b).key('paper', 'trained') for b in (column('voc').block, 8)] == ['voc/6/patch', 'voc/8/patch'],
     ('SemanticMIM', 5): lambda: probe(frozen='eval').equal(probe(frozen='eval')) and not probe(frozen='train').equal(probe(frozen='eval')),
     ('SemanticMIM', 8): lambda: not probe(statistics='imagenet').equal(probe(statistics='inception')),
-    ('SemanticMIM', 10): lambda: 2*mean_iou(HALF, 'zero') == mean_iou(HALF, 'skip') == mean_iou(HALF) == 100,
     ('SemanticMIM', 15): lambda: {'linear/best/prefix', 'linear/best/patch'} < {c.measure for c in SEMANTICMIM_T1.columns},
 }
 IDS = [f'{p.source} {p.number}' for p in LEDGER]

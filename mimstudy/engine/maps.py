@@ -206,7 +206,7 @@ def load_maps(
     "A set of pictures with label maps by its name: in memory if it fits, else behind workers."
     if name == 'scenes':
         n, seed = SCENES[pick_split(split, SCENES, name)]
-        made = scenes(min(n, limit or n), size, seed)
+        made = scenes(limit or n, size, seed)   # a larger world where more are asked for
         return MemorySet(made.pictures, made.maps, REGIONS)
     if not (root := data_root(name)).is_dir(): raise StudyError(f'{root} is an archive; label maps are read from folders: unpack it')
     files = list_maps(root, split)

@@ -46,7 +46,7 @@ def learning_rate(
     base, end, steps, warmup = recipe.lr, recipe.min_lr, recipe.epochs*per_epoch, round(recipe.warmup*per_epoch)
     if step < warmup or recipe.schedule == 'cosine': return float(cosine_at(step, base, end, steps, warmup, recipe.warmup_start))
     if recipe.schedule == 'linear': return end + (base - end)*(1 - (step - warmup)/max(steps - warmup, 1))
-    return base*.1**(step//round(recipe.stair*per_epoch))
+    return base*.1**(step//max(1, round(recipe.stair*per_epoch)))
 
 # %% ../../nbs/engine/10_schedules.ipynb #3ff22b4f
 def decay_at(

@@ -13,7 +13,7 @@ from ..engine.pictures import PictureSet
 from .features import evaluating
 from ..parts.classifier import Classifier
 from ..parts.encoder import Encoder
-from ..parts.views import normalise, plain
+from ..parts.views import STATISTICS, denormalise, normalise, plain
 
 # %% ../../nbs/evaluate/finetune.ipynb #1e271037
 TOKENS = 'prefix', 'patch'
@@ -28,13 +28,15 @@ class FineTune(Classifier):
         cutmix:float=1.,         # α of cutmix; 0 for none
         smoothing:float=.1,      # label smoothing
         head_scale:float=.001,   # of the head's first weights (BEiT's and ConMIM's releases)
+        statistics:str='imagenet',   # of the colours that the encoder is shown; SemanticMIM's release tunes BEiT with 'inception'
     ):
         super().__init__(encoder, classes, mixup, cutmix, smoothing)
-        self.token = choose(token, TOKENS, 'kind of token')
+        self.token, self.statistics = choose(token, TOKENS, 'kind of token'), choose(statistics, STATISTICS, 'statistics of colours')
         with torch.no_grad(): self.head.weight.mul_(head_scale)
 
     def pooled(self, x:Tensor)->Tensor:
         "The mean token after its norm, (B,D)."
+        if self.statistics != 'imagenet': x = normalise(denormalise(x), self.statistics)
         z, P = self.encoder.forward_features(x), self.encoder.P
         return self.encoder.fc_norm((z[:, :P] if self.token == 'prefix' else z[:, P:]).mean(1))
 

@@ -71,9 +71,10 @@ class Segmenter(Task):
         encoder:Encoder,    # from `for_tuning`; frozen here
         classes:int,        # K
         answer:int=100,     # side in pixels at which answers and labels are compared in training
+        absent:str='skip',  # what its score does with absent classes, as in `mean_iou`
     ):
         super().__init__()
-        self.encoder, self.answer = encoder.requires_grad_(False).eval(), answer
+        self.encoder, self.answer, self.absent = encoder.requires_grad_(False).eval(), answer, absent
         self.heads = nn.ModuleList(readout(encoder.width, classes) for _ in encoder.blocks)
 
     def train(self, mode:bool=True): super().train(mode); self.encoder.eval(); return self
@@ -99,16 +100,16 @@ class Segmenter(Task):
 
 # %% ../../nbs/evaluate/segmentation.ipynb #4c9cb646
 def segmentation_scores(
-    task:Task,               # has `encoder` and `answers`
+    task:Task,               # has `encoder`, `answers` and `absent`
     pictures:PictureSet,     # with label maps (n,S,S)
     device:torch.device|str, # where to compute
-    batch:int=32,            # pictures at a time
-    absent:str='skip',       # what `mean_iou` does with absent classes
+    batch:int|None=None,     # pictures at a time; by default as many as make a GiB of logits, 32 at most
 )->list[float]:              # per head, mIoU in %
     "The mean IoU of every head over all pixels of a set."
     size, counts, K = task.encoder.patch_embed.img_size[0], 0, len(pictures.classes)
+    batch = batch or min(32, max(1, 2**28//(K*size**2)))
     with evaluating(task.to(device)):
         for x, y in pictures.batches(torch.arange(len(pictures)).split(batch)):
             found = task.answers(normalise(plain(x.to(device), size)), y.shape[-1])
             counts = counts + torch.stack([confusion(answer, y.to(device).long(), K) for answer in found])
-    return [mean_iou(c, absent) for c in counts]
+    return [mean_iou(c, task.absent) for c in counts]

@@ -6,9 +6,11 @@
 __all__ = ['BLOCKS', 'pyramid', 'UperNet']
 
 # %% ../../nbs/evaluate/upernet.ipynb #83ff5998
+from segmentation_models_pytorch.base.modules import Conv2dReLU
 from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 from torch import Tensor, nn
 from torch.nn import functional as F
+from ..core.errors import StudyError
 from ..core.task import Batch, Task
 from ..engine.maps import UNDECIDED
 from ..parts.encoder import Encoder, block_features
@@ -25,7 +27,8 @@ def pyramid(
 BLOCKS = 4, 6, 8, 12   # of 12
 
 class UperNet(Task):
-    "An encoder that learns to name every pixel, below UperNet."
+    "An encoder that learns to name every pixel, below UperNet; fewer than 2 x 2 patches, or pictures, are a `StudyError`."
+    absent = 'skip'   # what its score does with absent classes, as in `segmentation.mean_iou`
     def __init__(self,
         encoder:Encoder,          # from `for_tuning`, trained further in place
         classes:int,              # K
@@ -34,28 +37,29 @@ class UperNet(Task):
     ):
         super().__init__()
         self.encoder, D = encoder, encoder.width
+        if min(encoder.grid) < 2: raise StudyError(f'UperNet needs 2 x 2 patches at least, not {encoder.grid[0]} x {encoder.grid[1]}')
         self.encoder.fc_norm = nn.Identity()   # nothing is averaged here
         self.blocks = [max(1, round(b*len(encoder.blocks)/12)) - 1 for b in BLOCKS]
         self.pyramid, self.auxiliary = pyramid(D), auxiliary
         self.decoder = UPerNetDecoder([0, 0, D, D, D, D], 5, channels)
         self.head = nn.Conv2d(channels, classes, 1)
-        half = channels//2
-        self.second = nn.Sequential(nn.Conv2d(D, half, 3, padding=1, bias=False), nn.BatchNorm2d(half), nn.ReLU(), nn.Conv2d(half, classes, 1))
+        self.second = nn.Sequential(Conv2dReLU(D, channels//2, 3, padding=1, use_norm='batchnorm'), nn.Conv2d(channels//2, classes, 1))
 
-    def logits(self,
-        x:Tensor,     # (B,3,S,S) normalised pictures
-        size:int,     # side in pixels to answer at
-    )->tuple[Tensor, Tensor]:   # of the decoder and of the auxiliary head, (B,K,size,size)
-        "What is said at every pixel."
+    def maps(self, x:Tensor)->list[Tensor]:
+        "The pyramid of pictures (B,3,S,S): (B,D,·,·) of the strides 4, 8, 16 and 32, for patches of 16."
         patches = [p.transpose(1, 2).unflatten(2, self.encoder.grid) for _, p in block_features(self.encoder, x)]
-        maps = [resize(patches[b]) for b, resize in zip(self.blocks, self.pyramid)]
-        said = self.head(self.decoder([None, None, *maps])), self.second(maps[2])
-        return tuple(F.interpolate(s, (size, size), mode='bilinear', align_corners=False) for s in said)
+        return [resize(patches[b]) for b, resize in zip(self.blocks, self.pyramid)]
+
+    def logits(self, maps:list[Tensor], size:int)->Tensor:
+        "What the decoder says of a pyramid at every pixel, (B,K,size,size)."
+        return F.interpolate(self.head(self.decoder([None, None, *maps])), (size, size), mode='bilinear', align_corners=False)
 
     def forward(self, batch:Batch, progress:float)->dict[str, Tensor]:
         "Cross-entropy of both heads over the pixels that have a class; the label is a map (B,S,S)."
-        label = batch.label.long()
-        main, second = (F.cross_entropy(s.float(), label, ignore_index=UNDECIDED) for s in self.logits(batch.views[0], label.shape[-1]))
+        if self.training and len(batch.views[0]) < 2: raise StudyError('UperNet normalises over a batch, so it cannot be trained with one picture at a time')
+        label, maps = batch.label.long(), self.maps(batch.views[0])
+        second = F.interpolate(self.second(maps[2]), label.shape[-2:], mode='bilinear', align_corners=False)
+        main, second = (F.cross_entropy(s.float(), label, ignore_index=UNDECIDED) for s in (self.logits(maps, label.shape[-1]), second))
         return {'loss': main + self.auxiliary*second, 'main': main.detach()}
 
     def answers(self,
@@ -63,4 +67,4 @@ class UperNet(Task):
         size:int,     # side in pixels to answer at
     )->list[Tensor]:  # one (B,size,size) of class ids
         "What every pixel is taken for."
-        return [self.logits(x, size)[0].argmax(1)]
+        return [self.logits(self.maps(x), size).argmax(1)]

@@ -174,7 +174,7 @@ def run(
 @app.command('status', cls=Spreading)
 def show_status(
     table:Annotated[str, typer.Argument(help='a table; all by default')]='',
-    scale:Scale='laptop', data:Data='', seeds:Seeds=(0,), results:Folder=None,
+    scale:Scale='laptop', data:Data='', seeds:Seeds=(0,), protocols:Protocols=(), results:Folder=None,
 ):
     "Show what is done, what is resumable and how far it is, and what is missing."
     from mimstudy.study import runner
@@ -182,7 +182,7 @@ def show_status(
     from mimstudy.study.tables import TABLES
     store = Results(results)
     for name in [table] if table else TABLES:
-        steps = runner.plan(name, (), scale, data, seeds, store)
+        steps = runner.plan(name, (), scale, data, seeds, store, protocols)
         typer.echo(f'{name} at {scale} scale on {steps[0].experiment.data}: {summary(steps)}')
         for e, status in steps:
             typer.echo(f'  {runner.title(e):32} {status}{": " + runner.far(e, store) if status == "resumable" else ""}')

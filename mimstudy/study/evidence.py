@@ -82,5 +82,6 @@ def evidence(
     names = [row.name for row in table.rows]
     data = data or table.experiment(names[0], scale).data
     found = results.find(table=table.name, scale=scale, data=data)
-    good = [r for r in found if r['row'] in names and table.experiment(r['row'], scale, data, r['seed']).id == r['experiment']]
+    known = [r for r in found if r['row'] in names and r['protocol'] in table.protocols]
+    good = [r for r in known if table.experiment(r['row'], scale, data, r['seed']).record_id(r['protocol']) == r['id']]
     return Evidence({(r['row'], r['seed'], r['protocol']): r for r in good}, len(found) - len(good), scale, data)

@@ -7,11 +7,13 @@ __all__ = ['KNOWN', 'CONMIM_POINTS', 'SEMANTICMIM_POINTS', 'LEDGER', 'Point', 't
 
 # %% ../../nbs/study/12_ledger.ipynb #237f62c9
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from ..core.errors import StudyError
 from ..engine.recipe import VALUES, Recipe
 from ..methods.catalogue import method_options
+from .downstream import TASKS
 from .recipes import RECIPES
 from .tables import TABLES
 from .transfers import TRANSFERS
@@ -51,6 +53,7 @@ def default(
     name, _, option = point.switch.partition('.')
     if point.switch == 'recipe': return next(r for t in TABLES.values() for r in t.transfers.values() if r in point.values)
     known = KNOWN[point.recipe]
+    if known.method in TASKS: return known.options.get(option, signature(TASKS[known.method]).parameters[option].default) if option else getattr(known, name)
     return known.options.get(option, method_options(known.method).get(option)) if option else getattr(known, name)
 
 # %% ../../nbs/study/12_ledger.ipynb #4db18bc5
@@ -78,7 +81,7 @@ CONMIM_POINTS = (
        'options.momentum', (.996, 0.), here='paper and release agree; 0 is Table 6'),
     _c(14, 'B', 'block-wise masks', 'Table 7: 40 to 90 %', 'a target that is approached from below', 'mask', ('random', 'block')),
     _c(15, 'B', 'colour jitter in fine-tuning', 'Table 11: .4, with RandAugment', 'none: RandAugment switches it off', 'views', ('rand+jitter', 'rand'),
-       'conmim_finetune_b16'),
+       'conmim_finetune_b16', here='the protocol finetune-release'),
 )
 
 # %% ../../nbs/study/12_ledger.ipynb #e15aa547
@@ -94,11 +97,13 @@ SEMANTICMIM_POINTS = (
     _s(6, 'A', 'stochastic depth', '.1 for both', 'MaskFeat none; BEiT drops its MLP branch twice', 'mlp_drops', (1, 2),
        here='MaskFeat\'s is the value drop_path'),
     _s(7, 'A', 'fine-tuning recipe', 'Table 3', 'another decay, warm-up, layer decay and augmentation', 'recipe',
-       ('semanticmim_finetune', 'semanticmim_finetune_release'), 'semanticmim_finetune'),
-    _s(8, 'A', 'normalisation in probing', 'silent', 'one half for BEiT', 'collect.statistics', ('imagenet', 'inception')),
+       ('semanticmim_finetune', 'semanticmim_finetune_release'), 'semanticmim_finetune', here='the protocol finetune-release; MaskFeat has its own'),
+    _s(8, 'A', 'normalisation after pre-training', 'the same preprocessing', 'one half for BEiT', 'collect.statistics', ('imagenet', 'inception'),
+       here='in fine-tuning the option statistics, which finetune-release throws'),
     _s(9, 'A', 'training of the VOC probe', 'Table 6: SGD .01, no decay', 'another rate, decay 1e-4', 'recipe', ('semanticmim_voc', 'semanticmim_voc_release'),
-       'semanticmim_voc', here='the release\'s stairs of 10 epochs, of which the paper says "step"'),
-    _s(10, 'A', 'mIoU on VOC', 'mIoU', 'over 21 classes, absent ones count 0', 'mean_iou.absent', ('skip', 'zero')),
+       'semanticmim_voc', here='the protocol voc-release; stairs of 10 epochs are the release\'s, the paper says "step"'),
+    _s(10, 'A', 'mIoU on VOC', 'mIoU', 'over 21 classes, absent ones count 0', 'options.absent', ('skip', 'zero'), 'semanticmim_voc',
+       here='voc-release throws it'),
     _s(11, 'B', 'shape of a layer', 'eq. (3), (4): MLP(Attn(·))', 'pre-norm residual blocks',
        here='as the release; the equations leave out norms and residuals'),
     _s(12, 'B', 'positions of the proxies', 'none', 'each proxy has a learned row',
@@ -110,8 +115,8 @@ SEMANTICMIM_POINTS = (
     _s(16, 'B', 'what is not decayed', 'silent', 'BEiT spares tokens and positions, MaskFeat the mask token', 'no_decay',
        (('cls_token', 'reg_token', 'pos_embed'), ('mask_token',))),
     _s(17, 'B', 'HOG', 'silent', 'a Gaussian window over each 16 px', 'options.window', (True, False), 'semanticmim_maskfeat'),
-    _s(18, 'B', 'ADE20K', 'Table 4: batch 16, no layer decay', '8 for MaskFeat, layer decay .9', 'recipe', ('semanticmim_ade20k', 'semanticmim_ade20k_release'),
-       'semanticmim_ade20k', here='each is also a value: batch, layer_decay'),
+    _s(18, 'B', 'ADE20K', 'Table 4: batch 16, no layer decay', '8 for MaskFeat, layer decay .9', 'recipe',
+       ('semanticmim_ade20k', 'semanticmim_ade20k_release_maskfeat'), 'semanticmim_ade20k', here='the protocol ade20k-release'),
 )
 LEDGER = CONMIM_POINTS + SEMANTICMIM_POINTS
 

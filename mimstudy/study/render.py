@@ -142,7 +142,7 @@ def render(
     "The table: paper, here, differences from the baselines; what has no record says 'not run'."
     shown = evidence(table, results, scale, data)
     columns = measured(table, shown)
-    unmeasured = [c for c in table.columns if c not in columns]
+    unmeasured = [c for c in table.columns if c not in columns and not c.beside]
     parts = [f'**{table.title}** ({table.source})', header(shown), ' '.join(filter(None, [f'What this scale can show: {CLAIMS[scale]}.', table.note]))]
     for c in columns:
         if compared(table): parts += [f'**{c.label}** (`{c.measure}`)' + (f': {c.note}' if c.note else ''), render_column(table, c, shown)]

@@ -67,7 +67,8 @@ def provenance(
 
 # %% ../../nbs/study/20_results.ipynb #3256c33e
 FIELDS = dict(
-    id='name of the record: the experiment and the protocol', experiment='`Experiment.id`', train='`Experiment.train_id`',
+    id='name of the record: the experiment, the protocol and, where it is a training, a hash of its recipe',
+    experiment='`Experiment.id`', train='`Experiment.train_id`',
     table='name of the table', row='name of the row', label='what the row is called on a page',
     features="what is probed: a 'trained' or 'random' encoder, or 'pixels'",
     scale='smoke, laptop, gpu or paper', data='name of the data set', seed='seed of pre-training and evaluation',
@@ -92,7 +93,7 @@ def record(
 )->dict:                               # has every one of `FIELDS`
     "The record of `protocol` applied to `experiment`, with the provenance of here and now."
     e = experiment
-    return dict(id=f'{e.id}-{protocol}', experiment=e.id, train=e.train_id, table=e.table, row=e.row, label=e.label, features=e.features,
+    return dict(id=e.record_id(protocol), experiment=e.id, train=e.train_id, table=e.table, row=e.row, label=e.label, features=e.features,
         scale=e.scale, data=e.data, seed=e.seed, protocol=protocol, scores={k: float(v) for k, v in scores.items()}, recipe=e.values,
         evaluation=evaluation or {}, n_val=n_val, pictures_seen=pictures_seen, **provenance(device), seconds=seconds,
         images_per_second=images_per_second, peak_memory=peak_memory, created=datetime.now(timezone.utc).isoformat(timespec='seconds'))
@@ -142,7 +143,7 @@ class Results:
         experiment,   # a `study.tables.Experiment`
     )->bool:
         "Whether every protocol that the experiment's table reads has a record that can be read."
-        return all(_read(self.root/'scores'/f'{experiment.id}-{protocol}.json') for protocol in experiment.protocols)
+        return all(_read(self.root/'scores'/f'{experiment.record_id(protocol)}.json') for protocol in experiment.protocols)
 
     def run_folder(self,
         train_id:str, # `Experiment.train_id`

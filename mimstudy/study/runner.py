@@ -27,7 +27,7 @@ from ..engine.checkpoint import finished, resumable
 from ..engine.files import writing
 from ..engine.journal import read_log
 from ..engine.pictures import DATA_SETS
-from .pipeline import data_of
+from .pipeline import recipes_of
 from .processes import WARNING, Crew, environment, execute, run_notebook
 from .results import Results
 from .tables import TABLES, Experiment, experiment, slug
@@ -46,7 +46,9 @@ def check_parameters(
         kind = PARAMETERS[choose(name, PARAMETERS, 'parameter')]
         if type(value) is not kind: raise StudyError(f'the parameter "{name}" must be {KINDS[kind]}, not {value!r}')
     if given['seed'] < 0: raise StudyError(f'the parameter "seed" must be 0 or more, not {given["seed"]}')
-    return experiment(given['experiment'], given['scale'], given['data'], given['seed'], tuple(given.get('protocols', '').split()))
+    asked = experiment(given['experiment'], given['scale'], given['data'], given['seed'], tuple(given.get('protocols', '').split()))
+    if not asked.protocols: raise StudyError(f'{asked.name} has no encoder that {given["protocols"]} could train further')
+    return asked
 
 # %% ../../nbs/study/40_runner.ipynb #e525574d
 class Step(NamedTuple):
@@ -112,7 +114,7 @@ class Display:
         rows:int,                  # how many there are to do
         file:TextIO|None=None,     # stderr by default
     ):
-        self.file, self.far = file or sys.stderr, {}
+        self.file, self.far, self.part = file or sys.stderr, {}, {}
         watched = self.file.isatty() and os.environ.get('MIMSTUDY_PROGRESS') != 'lines'
         shape, columns = '{percentage:3.0f} % {bar:20} {elapsed}<{remaining}  {desc}', get_terminal_size().columns
         self.bar = tqdm(total=rows, file=self.file, bar_format=shape, ncols=columns, leave=False) if watched else None
@@ -121,9 +123,13 @@ class Display:
         name:str,           # the row
         line:str,           # what it says
         far:float=0.,       # how far it is at least, 0 … 1
+        parts:int=1,        # trainings of this row, each of which counts to 100 %
     )->None:
         "Show a row's line, and move the bar."
-        self.far[name] = max(self.far.get(name, 0.), percent(line), far)
+        done, last = self.part.get(name, (0, 0.))
+        if (now := percent(line) or last) < last and done < parts - 1: done += 1   # the next one has begun
+        self.part[name] = done, now
+        self.far[name] = max(self.far.get(name, 0.), (done + now)/parts, far)
         if self.bar is None: print(f'{name}: {line}', file=self.file, flush=True)
         else: self.bar.n = sum(self.far.values()); self.bar.set_description_str(f'{name}: {line}')
 
@@ -164,7 +170,8 @@ def carry_out(
     with lock:
         if results.done(e): return None
         given = dict(experiment=e.name, scale=e.scale, data=e.data, seed=e.seed, out=str(results.root.resolve()), protocols=asked)
-        def say(line): (display.keep(f'{title(e)}: {line}') if line.startswith(WARNING) else display.tell(title(e), line))
+        parts = sum(1 + (r.method == 'finetune') for r in recipes_of(e))   # fine-tuning is two
+        def say(line): (display.keep(f'{title(e)}: {line}') if line.startswith(WARNING) else display.tell(title(e), line, parts=parts))
         return execute(run_notebook('row'), given, folder, env, say, crew)
 
 # %% ../../nbs/study/40_runner.ipynb #57e434cc
@@ -201,7 +208,7 @@ def run(
     results, crew, failures = results or Results(), Crew(), []
     queue = deque(step.experiment for step in steps if step.status != 'done')
     pick_device(settings().device)   # what is wrong with it is better said before a process starts
-    check_data(dict.fromkeys(name for e in queue for name in data_of(e)))
+    check_data(dict.fromkeys(r.data for e in queue for r in recipes_of(e)))
     display = Display(len(queue))
     with TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         env = environment(folder, jobs)

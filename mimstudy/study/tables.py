@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from ..core.errors import choose
 from ..engine.recipe import SCALES, Recipe
 from .recipes import recipe
+from .transfers import transfer, transfer_at
 
 # %% ../../nbs/study/10_tables.ipynb #63c15dc8
 PROBES = 'linear', 'knn'   # protocols that read a frozen encoder; any other is a training on top of it
@@ -82,6 +83,7 @@ class Experiment:
     data: str
     seed: int
     protocols: tuple[str, ...]  # that it is measured by
+    transfers: dict = field(default_factory=dict)   # the table's
 
     @property
     def name(self)->str: return f'{self.table}/{self.row}'
@@ -101,6 +103,14 @@ class Experiment:
 
     @property
     def id(self)->str: return f'{slug(self.table)}-{slug(self.row)}-{self._where}'
+
+    def transfer(self, protocol:str)->Recipe:
+        "The recipe of a protocol that trains on top of the encoder."
+        return transfer_at(transfer(self.transfers[protocol], self.recipe.method), self.recipe, self.scale)
+
+    def record_id(self, protocol:str)->str:
+        "The name of a record; where the protocol is a training, it ends in a hash of that recipe."
+        return f'{self.id}-{protocol}' + ('' if protocol in PROBES else f'-{self.transfer(protocol).key()[:6]}')
 
 # %% ../../nbs/study/10_tables.ipynb #367b4315
 @dataclass(frozen=True)
@@ -141,7 +151,7 @@ class Table:
         row, asked = self.row(row), tuple(choose(p, self.protocols, f'protocol of {self.name}') for p in dict.fromkeys(protocols or self.probes))
         if row.features == 'pixels': asked = tuple(p for p in asked if p in PROBES)
         changed = recipe(row.recipe).but(**row.change).at(scale, data)
-        return Experiment(self.name, row.name, row.label, row.features, changed, scale, changed.data, seed, asked)
+        return Experiment(self.name, row.name, row.label, row.features, changed, scale, changed.data, seed, asked, self.transfers)
 
     def _repr_markdown_(self)->str: return declared(self)
 
@@ -169,7 +179,10 @@ SEMANTICMIM_T1 = Table('semanticmim-t1', 'Proxies between pictures and masks', '
     Column('ft_patch', 'Fine-tuned, patches', 'finetune/last/patch', note='mean of the patch tokens'),
     Column('voc', 'VOC, linear', 'voc/best/patch', block=6, note=f'the paper\'s block 6 of 12; {MIOU}'),
     Column('ade20k', 'ADE20K, fine-tuned', 'ade20k/last/patch', note=MIOU),
-), transfers=dict(finetune='semanticmim_finetune', voc='semanticmim_voc', ade20k='semanticmim_ade20k'), rows=(
+    *(Column(f'{name}_release', f'{label}, release', measure, 8 if name == 'voc' else None, name, 'by the recipe of the release') for name, label, measure in (
+        ('ft_cls', 'Fine-tuned, prefix', 'finetune-release/last/prefix'), ('ft_patch', 'Fine-tuned, patches', 'finetune-release/last/patch'),
+        ('voc', 'VOC, linear', 'voc-release/best/patch'), ('ade20k', 'ADE20K, fine-tuned', 'ade20k-release/last/patch'))),
+), transfers={f'{name}{end}': f'semanticmim_{name}{end.replace("-", "_")}' for name in ('finetune', 'voc', 'ade20k') for end in ('', '-release')}, rows=(
     Row('pixels', 'raw pixels', 'beit', features='pixels'),
     Row('random', 'random initialisation', 'beit', features='random', baseline='pixels'),
     Row('beit', 'BEiT', 'beit', paper=_t1(31.5, 38.7, 81.9, 82.2, 23.8, 40.2), baseline='random', adds='pre-training'),
@@ -183,12 +196,14 @@ SEMANTICMIM_T1 = Table('semanticmim-t1', 'Proxies between pictures and masks', '
 def _conmim(number, title, rows, note=''):
     "An ablation of ConMIM, Tables 4 to 9: ViT-B/16, 300 epochs, fine-tuned top-1."
     columns = (Column('ft', 'Fine-tuned', 'finetune/last/patch'),
+        Column('ft_release', 'Fine-tuned, release', 'finetune-release/last/patch', beside='ft', note='without the colour jitter, as the release does it'),
         Column('linear_patch', 'Linear, patches', 'linear/best/patch', beside='ft', note='ours is a linear probe, the paper\'s number is fine-tuned'),
         Column('knn_patch', 'Neighbours, patches', 'knn/best/patch', beside='ft', note='ours are nearest neighbours, the paper\'s number is fine-tuned'))
     def row(name, label, top1, baseline='', **change):
         return Row(name, label, 'conmim_b16_300', change, {} if top1 is None else dict(ft=top1), baseline)
     return Table(f'conmim-t{number}', title, f'ConMIM Table {number}', columns, tuple(row(*r[:-1], **r[-1]) for r in rows), 2,
-                 ' '.join(filter(None, [note, 'The paper fine-tunes; a probe may rank the rows otherwise.'])), dict(finetune='conmim_finetune_b16'))
+                 ' '.join(filter(None, [note, 'The paper fine-tunes; a probe may rank the rows otherwise.'])),
+                 {'finetune': 'conmim_finetune_b16', 'finetune-release': 'conmim_finetune_b16_release'})
 
 CONMIM_T8 = _conmim(8, 'Temperature of the denoising contrast', [(f'tau={tau}', f'τ = {tau}', top1, '' if tau == .1 else 'tau=0.1', dict(options=dict(tau=tau)))
     for tau, top1 in ((.05, 82.55), (.07, 83.03), (.1, 83.51), (.15, 83.32), (.2, 83.35))])
