@@ -262,7 +262,7 @@ def test_records_and_the_page(tmp_path):
     assert [r['protocol'] for r in records] == ['linear', 'voc', 'finetune'] and results.done(asked)
     voc, tuned = records[1:]
     assert set(tuned['scores']) == {'finetune/last/prefix', 'finetune/last/patch'} and {'voc/1/patch', 'voc/best/patch', 'voc/best/patch/block'} < set(voc['scores'])
-    assert voc['evaluation']['optimiser'] == 'sgd' and voc['n_val'] == 1024 and voc['evaluation']['n_train'] == 264 and 'width' not in tuned['evaluation']
+    assert voc['evaluation']['optimiser'] == 'sgd' and voc['n_val'] == 1024 and voc['evaluation']['n_train'] == 256 and 'width' not in tuned['evaluation']
     shown = evidence(table, results, 'smoke')
     assert [c.name for c in measured(table, shown)] == ['linear_cls', 'linear_patch', 'ft_cls', 'ft_patch', 'voc']
     assert shown.score(table.row('random'), column['ft_patch']).mean == tuned['scores']['finetune/last/patch']

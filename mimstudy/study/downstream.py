@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 from ..core.errors import StudyError
-from ..core.scenes import CLASSES
+from ..core.scenes import CHUNK, CLASSES
 from ..core.settings import data_root, pick_device, settings
 from ..core.task import Batch, Task
 from ..engine.files import write_whole
@@ -53,7 +53,7 @@ def load_downstream(
 )->tuple[PictureSet, PictureSet]:   # to train on, and to score on
     "The two splits that a transfer needs; a broken picture of the second is a `StudyError`."
     if recipe.method != 'finetune':
-        limit = recipe.per_class and recipe.per_class*len(CLASSES)   # scenes are counted by class
+        limit = recipe.per_class and recipe.per_class*len(CLASSES)//CHUNK*CHUNK   # scenes are counted by class, and come in chunks
         return load_maps(recipe.data, 'train', recipe.size, limit), load_maps(recipe.data, 'val', recipe.size, strict=True)
     crop = Crop(recipe.crop, flip=recipe.flip, seed=seed)
     return load_set(recipe.data, 'train', recipe.size, recipe.per_class, crop=crop), load_set(recipe.data, 'val', recipe.size, strict=True)
