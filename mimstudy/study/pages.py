@@ -72,10 +72,10 @@ def readme_block(
     results:Results,
     link:str='results/tables',  # where the pages lie, seen from the README
 )->str:
-    "The README's part on results: a table beside a paper's numbers from three seeds on, once; links to the others; no smoke scale."
+    "The README's part on results: columns beside a paper's numbers from three seeds on, once; links to the others; no smoke scale."
     parts, more, told = [], [], set()
     found = [(TABLES[name], evidence(TABLES[name], results, scale, data)) for name, scale, data in pages(results) if scale != 'smoke']
-    def seeds(shown): return len({r['seed'] for r in shown.records.values()})
+    def seeds(shown, *protocols): return len({seed for _, seed, protocol in shown.records if not protocols or protocol in protocols})
     for table, shown in sorted(found, key=lambda f: -seeds(f[1])):
         title, at = f'{table.title}: {shown.scale} scale, {shown.data}', f'{link}/{table.name}-{shown.scale}-{shown.data}.md'
         if table.name in told or compared(table) and seeds(shown) < 3:
@@ -84,7 +84,7 @@ def readme_block(
         told.add(table.name)
         parts += [f'### {title}', f'{header(shown)} · [every block]({at})']
         for c in measured(table, shown):
-            if compared(table): parts += [f'**{c.label}**', render_column(table, c, shown)]
+            if compared(table) and seeds(shown, c.measure.split('/')[0]) > 2: parts += [f'**{c.label}**', render_column(table, c, shown)]
         if compared(table): parts += ['\n'.join(f'- {s}' for s in conclusions(table, results, shown.scale, shown.data, seeds=3))]
         else: parts += [overview(table, shown)]
     if parts: parts += [f'{BEST} {LEGEND}']

@@ -91,7 +91,7 @@ def overview(
             blocks = sorted({int(r['scores'][f'{key}/block']) for r in mine if f'{key}/block' in r['scores']})
             return show_score(shown.score(row, column)) + (f', block {" to ".join(map(str, sorted({blocks[0], blocks[-1]})))}' if blocks else '')
         def took(field):
-            by_seed = {r['seed']: r[field] for r in mine if r[field]}
+            by_seed = {r['seed']: r[field] for r in mine if r[field] and r['protocol'] in table.probes}
             return f'{mean(by_seed.values()):,.0f}' if by_seed else NONE
         lines.append([row.label, *map(cell, columns), took('images_per_second'), took('seconds')])
     return grid(['', *(f'{c.label} (`{c.measure}`)' for c in columns), 'images/s', 'seconds'], lines)
