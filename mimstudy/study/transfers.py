@@ -110,7 +110,7 @@ def transfer_at(
     choose(scale, SCALES, 'scale')
     shape = {name: getattr(pretrained, name) for name in GIVEN}
     own = dict(data=pretrained.data, per_class=pretrained.per_class) if known.method == 'finetune' else {}
-    if scale == 'paper': return known.but(**shape, **own)
+    if scale == 'paper': return replace(known.but(**shape, **own), sources=known.sources | stands('of the pre-training', *GIVEN, *own))
     new = dict(size=pretrained.size, crop=(max(known.crop[0], SCALES[scale]['crop_from']), known.crop[1])) | SMALL[scale][known.method]
     new |= own or dict(data='scenes', per_class=SCALES[scale]['sets']['scenes']['per_class'])
     lr = new.setdefault('lr', float(f'{known.lr*new["batch"]/known.batch:.6g}'))
@@ -118,4 +118,5 @@ def transfer_at(
     new['warmup'] = round(known.warmup*new.get('epochs', known.epochs)/known.epochs, 4)
     sizes = dict(answer=known.size, channels=768)   # what an option is a share of
     new['options'] = {k: round(v*(pretrained.size if k == 'answer' else pretrained.width)/sizes[k]) for k, v in known.options.items() if k in sizes}
-    return known.but(**shape, **new)
+    told = known.sources | stands(f'scale {scale}', *(f for f in new if getattr(known, f) != new[f]))
+    return replace(known.but(**shape, **new), sources=told | stands('of the pre-training', *GIVEN, *own))
