@@ -46,7 +46,8 @@ def test_a_recipe_survives_json():
 def test_the_key_depends_on_every_value():
     other = dict(method='x', options=dict(a=1), data='x', size=112, per_class=1, width=384, depth=1, heads=1, patch=8, prefix=2, layer_scale=1., drop_path=.1,
                  init='beit', positions='relative', mask='block', ratio=.5, unit=2, predict_ratio=.5, tokenizer='kmeans', codes=2, crop=(.5, 1), flip=0, views='two', locals=2, local_size=112, local_crop=(.1, .4), mlp_drops=2, kept='teacher', weight_decay_end=.4, epochs=301,
-                 batch=1, lr=1., min_lr=1e-4, warmup=1., warmup_start=1., betas=(0, 0), eps=1., weight_decay=1., no_decay=(), layer_decay=.5, clip=1., clip_each=True)
+                 batch=1, lr=1., min_lr=1e-4, warmup=1., warmup_start=1., betas=(0, 0), eps=1., weight_decay=1., no_decay=(), layer_decay=.5, clip=1., clip_each=True,
+                 schedule='linear', stair=3., optimiser='sgd')
     assert set(other) == set(VALUES) - {'name'}
     base = Recipe(views='multicrop')   # small crops need it
     keys = [base.but(**{name: value}).key() for name, value in other.items()]

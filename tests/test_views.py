@@ -148,23 +148,24 @@ def test_normalise_is_torchvisions(x):
     assert_close(denormalise(normalise(x)), x)
 
 
-def test_views_are_aligned(pictures):
+def test_views_are_aligned(pictures, monkeypatch):
     views = Views(32, ('weak', 'strong', 'strong', 'jitter'))
     weak, strong, other, jittered = views(pictures, seeded())
     assert not torch.equal(weak, strong) and not torch.equal(strong, other) and not torch.equal(weak, jittered)
-    views.colourings = dict.fromkeys(('strong', 'jitter'), NOTHING)
+    for name in ('paper', 'jitter'): monkeypatch.setitem(COLOURINGS, name, NOTHING)
     for view in views(pictures, seeded()): assert torch.equal(view, weak)
 
 
-def test_strong_views_show_the_crop_of_the_weak_one(pictures):
+def test_strong_views_show_the_crop_of_the_weak_one(pictures, monkeypatch):
     "Where the light lies inside a picture survives jitter and blur, so a strong view resembles its own weak view most."
     views = Views(32, ('weak', 'strong'))
-    views.colourings['strong'] = Colouring(solarize=0.)
+    monkeypatch.setitem(COLOURINGS, 'paper', Colouring(solarize=0.))
     flat = [torch.nn.functional.normalize((v := colour.grey(view).flatten(1)) - v.mean(1, keepdim=True), dim=1) for view in views(pictures, seeded())]
     assert ((flat[1]@flat[0].T).argmax(1) == torch.arange(16)).float().mean() >= .9
 
 
-@pytest.mark.parametrize('make', [lambda: Views(32, ('weak', 'strong')), lambda: Views(32, ('jitter',)), lambda: MultiCrop(32, 8, locals=2, local_size=16)])
+@pytest.mark.parametrize('make', [lambda: Views(32, ('weak', 'strong')), lambda: Views(32, ('jitter',)), lambda: Views(32, ('rand',)), lambda: Views(32, ('rand+jitter',)),
+                                  lambda: MultiCrop(32, 8, locals=2, local_size=16)])
 def test_the_seed_decides_everything(pictures, make):
     torch.manual_seed(1)
     first = make()(pictures, seeded(5))
