@@ -14,7 +14,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q --progress-bar on -c constraints.txt -e ".[dev]"
 	@touch $@
 
-study: $(VENV)/.ready  ## the small study, end to end, on the embedded pictures
+study: $(VENV)/.ready  ## the small study, end to end, on the embedded images
 	$(BIN)/mimstudy run semanticmim-t1 --scale laptop --data scenes --seeds 0 --jobs 2 --results $(LOCAL)
 
 test: $(VENV)/.ready   ## every check: export and clean, ruff, notebooks, a papermill row, pytest

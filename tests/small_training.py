@@ -9,15 +9,15 @@ from timm.layers import DropPath
 from torch import nn
 
 from mimstudy.core.task import Batch, Task
-from mimstudy.engine.pictures import MemorySet
-from mimstudy.engine.recipe import Recipe
+from mimstudy.engine.datasets import InMemoryDataset
+from mimstudy.engine.config import Recipe
 from mimstudy.engine.train import train
 
 RECIPE = Recipe('small', data='noise', size=16, patch=4, epochs=10, batch=8, lr=1e-2, warmup=1, warmup_start=.1, clip=1.)
 
 
 class Small(Task):
-    "Guess the hidden quarter of a picture's colours."
+    "Guess the hidden quarter of a image's colours."
     def __init__(self, seed=0):
         super().__init__()
         torch.manual_seed(seed)
@@ -38,21 +38,21 @@ class Small(Task):
         for slow, fast in zip(self.slow.parameters(), self.stem.parameters()): slow.lerp_(fast.detach(), .1)
 
 
-def pictures(n=42):
+def images(n=42):
     g = torch.Generator().manual_seed(7)
-    return MemorySet(torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8, generator=g), torch.arange(n) % 3, list('abc'))
+    return InMemoryDataset(torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8, generator=g), torch.arange(n) % 3, list('abc'))
 
 
-def feed(x, labels, generator):
+def make_batch(x, labels, generator):
     noise = torch.randn(x.shape, generator=generator).to(x.device)
     return Batch([x.float()/255 + .1*noise], torch.rand(len(x), 16, generator=generator).to(x.device) < .25, labels)
 
 
 def slowly(seconds):
-    def slow_feed(*args): time.sleep(seconds); return feed(*args)
+    def slow_feed(*args): time.sleep(seconds); return make_batch(*args)
     return slow_feed
 
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    train(Small(), pictures(), slowly(float(sys.argv[2]) if len(sys.argv) > 2 else 0.), RECIPE, sys.argv[1], seed=3, device='cpu')
+    train(Small(), images(), slowly(float(sys.argv[2]) if len(sys.argv) > 2 else 0.), RECIPE, sys.argv[1], seed=3, device='cpu')

@@ -26,7 +26,7 @@ def patch_weights(
 
 def query_maps(
     weights:Tensor,           # (B,H,T,T) attention of one block
-    queries:Tensor|list[int], # (Q,) patches, counted row by row, the same in every picture; or (B,Q)
+    queries:Tensor|list[int], # (Q,) patches, counted row by row, the same in every image; or (B,Q)
     P:int,                    # prefix tokens
     grid:tuple[int, int],     # patches down and across
     renormalise:bool=False,   # False: as SemanticMIM's release draws them
@@ -115,7 +115,7 @@ def consistency(
     maps:Tensor,                 # (B,Q,gh,gw) what each query looks at
     own:Tensor,                  # (B,Q,N) share of the query's own region in every patch
     queries:Tensor|list[int],    # (Q,) or (B,Q) patches
-    equal_distance:bool=False,   # compare with the region's share at the distances looked at, not in the whole picture
+    equal_distance:bool=False,   # compare with the region's share at the distances looked at, not in the whole image
 )->Tensor:                       # (B,Q); nan where the region is the query's patch and no more
     "Attention on the query's own region over what the region covers (SemanticMIM §3.2); the query's own patch is left out."
     queries = torch.as_tensor(queries, device=maps.device).expand(len(maps), -1)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from ..core.errors import StudyError
-from .recipe import Recipe
+from .config import Recipe
 
 # %% ../../nbs/engine/20_optimiser.ipynb #6926c00e
 def layer_of(

@@ -8,7 +8,7 @@ __all__ = ['cosine_at', 'cosine', 'learning_rate', 'decay_at', 'layer_scales']
 # %% ../../nbs/engine/10_schedules.ipynb #cb174cac
 import numpy as np
 
-from .recipe import Recipe
+from .config import Recipe
 
 # %% ../../nbs/engine/10_schedules.ipynb #97c87048
 def cosine_at(

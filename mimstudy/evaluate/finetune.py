@@ -8,8 +8,8 @@ __all__ = ['TOKENS', 'FineTune', 'top1']
 # %% ../../nbs/evaluate/finetune.ipynb #42df0b6d
 import torch
 from torch import Tensor
-from ..core.errors import choose
-from ..engine.pictures import PictureSet
+from ..core.errors import check_name
+from ..engine.datasets import ImageDataset
 from .features import evaluating
 from ..parts.classifier import Classifier
 from ..parts.encoder import Encoder
@@ -21,7 +21,7 @@ TOKENS = 'prefix', 'patch'
 class FineTune(Classifier):
     "A pre-trained encoder that learns the classes; its head reads the mean of one kind of token."
     def __init__(self,
-        encoder:Encoder,         # from `for_tuning`, trained further in place
+        encoder:Encoder,         # from `prepare_finetuning`, trained further in place
         classes:int,             # K
         token:str='patch',       # of `TOKENS`
         mixup:float=.8,          # α of mixup; 0 for none
@@ -31,7 +31,7 @@ class FineTune(Classifier):
         statistics:str='imagenet',   # of the colours that the encoder is shown; SemanticMIM's release tunes BEiT with 'inception'
     ):
         super().__init__(encoder, classes, mixup, cutmix, smoothing)
-        self.token, self.statistics = choose(token, TOKENS, 'kind of token'), choose(statistics, STATISTICS, 'statistics of colours')
+        self.token, self.statistics = check_name(token, TOKENS, 'kind of token'), check_name(statistics, STATISTICS, 'statistics of colours')
         with torch.no_grad(): self.head.weight.mul_(head_scale)
 
     def pooled(self, x:Tensor)->Tensor:
@@ -43,13 +43,13 @@ class FineTune(Classifier):
 # %% ../../nbs/evaluate/finetune.ipynb #e712af8e
 def top1(
     task:Classifier,         # trained
-    pictures:PictureSet,     # labelled pictures to score on
+    images:ImageDataset,     # labelled images to score on
     device:torch.device|str, # where to compute
-    batch:int=256,           # pictures at a time
+    batch:int=256,           # images at a time
 )->float:
-    "The share of pictures whose class is answered first, in %."
+    "The share of images whose class is answered first, in %."
     size, right = task.encoder.patch_embed.img_size[0], 0
     with evaluating(task.to(device)):
-        for x, y in pictures.batches(torch.arange(len(pictures)).split(batch)):
+        for x, y in images.batches(torch.arange(len(images)).split(batch)):
             right += (task.predict(normalise(plain(x.to(device), size))).argmax(1) == y.to(device)).sum()
-    return 100*right.item()/len(pictures)
+    return 100*right.item()/len(images)

@@ -69,17 +69,17 @@ PENALTIES = (.1, .01, 1e-3, 1e-4, 1e-5, 1e-6)   # λ from strong to weak: what p
 def held_out(
     y:Tensor,    # (n,) class ids
 )->Tensor:       # (n,) bool
-    "Every fifth picture of a list that is sorted by class; the same ones each time."
+    "Every fifth image of a list that is sorted by class; the same ones each time."
     held = torch.zeros_like(y, dtype=torch.bool)
     held[y.argsort(stable=True)[4::5]] = True
     return held
 
 def choose_penalty(
-    x:Tensor,        # (n,D) standardised features of the training pictures
+    x:Tensor,        # (n,D) standardised features of the training images
     y:Tensor,        # (n,) class ids
     classes:int,     # K
 )->tuple[float, tuple[Tensor, Tensor]]:  # λ, and the weights and biases it gave, to go on from
-    "The penalty among `PENALTIES` under which held-out training pictures are classified best."
+    "The penalty among `PENALTIES` under which held-out training images are classified best."
     held, start, best = held_out(y), None, (-1,)
     (x_fit, y_fit), (x_held, y_held) = (x[~held], y[~held]), (x[held], y[held])
     for penalty in PENALTIES:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_confusion_matrix
-from ..core.errors import choose
+from ..core.errors import check_name
 from ..core.task import Batch, Task
-from ..engine.maps import UNDECIDED
-from ..engine.pictures import PictureSet
+from ..engine.segmentation_data import UNDECIDED
+from ..engine.datasets import ImageDataset
 from .features import evaluating
 from ..parts.encoder import Encoder, block_features
 from ..parts.views import normalise, plain
@@ -61,14 +61,14 @@ def mean_iou(
 )->float:
     "The mean intersection over union of the classes, in %."
     hit, union = counts.diag(), counts.sum(0) + counts.sum(1) - counts.diag()
-    there = union > 0 if choose(absent, ('skip', 'zero'), 'way with absent classes') == 'skip' else torch.ones_like(union, dtype=torch.bool)
+    there = union > 0 if check_name(absent, ('skip', 'zero'), 'way with absent classes') == 'skip' else torch.ones_like(union, dtype=torch.bool)
     return 100*(hit[there].double()/union[there].clamp_min(1)).mean().item()
 
 # %% ../../nbs/evaluate/segmentation.ipynb #a632c397
 class Segmenter(Task):
     "A linear head for the patch tokens of every block of a frozen encoder (SemanticMIM Table 6)."
     def __init__(self,
-        encoder:Encoder,    # from `for_tuning`; frozen here
+        encoder:Encoder,    # from `prepare_finetuning`; frozen here
         classes:int,        # K
         answer:int=100,     # side in pixels at which answers and labels are compared in training
         absent:str='skip',  # what its score does with absent classes, as in `mean_iou`
@@ -80,7 +80,7 @@ class Segmenter(Task):
     def train(self, mode:bool=True): super().train(mode); self.encoder.eval(); return self
 
     def maps(self,
-        x:Tensor,     # (B,3,S,S) normalised pictures
+        x:Tensor,     # (B,3,S,S) normalised images
     )->list[Tensor]:  # per block (B,D,g,g)
         "The patch tokens of every block, in their places."
         with torch.no_grad(): blocks = block_features(self.encoder, x)
@@ -92,7 +92,7 @@ class Segmenter(Task):
         return {'loss': torch.stack(losses).sum()}
 
     def answers(self,
-        x:Tensor,     # (B,3,S,S) normalised pictures
+        x:Tensor,     # (B,3,S,S) normalised images
         size:int,     # side in pixels to answer at
     )->list[Tensor]:  # per block (B,size,size) class ids
         "What each head takes every pixel for."
@@ -101,15 +101,15 @@ class Segmenter(Task):
 # %% ../../nbs/evaluate/segmentation.ipynb #4c9cb646
 def segmentation_scores(
     task:Task,               # has `encoder`, `answers` and `absent`
-    pictures:PictureSet,     # with label maps (n,S,S)
+    images:ImageDataset,     # with label maps (n,S,S)
     device:torch.device|str, # where to compute
-    batch:int|None=None,     # pictures at a time; by default as many as make a GiB of logits, 32 at most
+    batch:int|None=None,     # images at a time; by default as many as make a GiB of logits, 32 at most
 )->list[float]:              # per head, mIoU in %
     "The mean IoU of every head over all pixels of a set."
-    size, counts, K = task.encoder.patch_embed.img_size[0], 0, len(pictures.classes)
+    size, counts, K = task.encoder.patch_embed.img_size[0], 0, len(images.classes)
     batch = batch or min(32, max(1, 2**28//(K*size**2)))
     with evaluating(task.to(device)):
-        for x, y in pictures.batches(torch.arange(len(pictures)).split(batch)):
+        for x, y in images.batches(torch.arange(len(images)).split(batch)):
             found = task.answers(normalise(plain(x.to(device), size)), y.shape[-1])
             counts = counts + torch.stack([confusion(answer, y.to(device).long(), K) for answer in found])
     return [mean_iou(c, task.absent) for c in counts]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from ..core.errors import StudyError
 from ..core.task import Batch, Task
-from ..engine.maps import UNDECIDED
+from ..engine.segmentation_data import UNDECIDED
 from ..parts.encoder import Encoder, block_features
 
 # %% ../../nbs/evaluate/upernet.ipynb #9421a9fa
@@ -27,10 +27,10 @@ def pyramid(
 BLOCKS = 4, 6, 8, 12   # of 12
 
 class UperNet(Task):
-    "An encoder that learns to name every pixel, below UperNet; fewer than 2 x 2 patches, or pictures, are a `StudyError`."
+    "An encoder that learns to name every pixel, below UperNet; fewer than 2 x 2 patches, or images, are a `StudyError`."
     absent = 'skip'   # what its score does with absent classes, as in `segmentation.mean_iou`
     def __init__(self,
-        encoder:Encoder,          # from `for_tuning`, trained further in place
+        encoder:Encoder,          # from `prepare_finetuning`, trained further in place
         classes:int,              # K
         channels:int=512,         # of the decoder
         auxiliary:float=.4,       # weight of the auxiliary head's loss
@@ -46,7 +46,7 @@ class UperNet(Task):
         self.second = nn.Sequential(Conv2dReLU(D, channels//2, 3, padding=1, use_norm='batchnorm'), nn.Conv2d(channels//2, classes, 1))
 
     def maps(self, x:Tensor)->list[Tensor]:
-        "The pyramid of pictures (B,3,S,S): (B,D,·,·) of the strides 4, 8, 16 and 32, for patches of 16."
+        "The pyramid of images (B,3,S,S): (B,D,·,·) of the strides 4, 8, 16 and 32, for patches of 16."
         patches = [p.transpose(1, 2).unflatten(2, self.encoder.grid) for _, p in block_features(self.encoder, x)]
         return [resize(patches[b]) for b, resize in zip(self.blocks, self.pyramid)]
 
@@ -56,14 +56,14 @@ class UperNet(Task):
 
     def forward(self, batch:Batch, progress:float)->dict[str, Tensor]:
         "Cross-entropy of both heads over the pixels that have a class; the label is a map (B,S,S)."
-        if self.training and len(batch.views[0]) < 2: raise StudyError('UperNet normalises over a batch, so it cannot be trained with one picture at a time')
+        if self.training and len(batch.views[0]) < 2: raise StudyError('UperNet normalises over a batch, so it cannot be trained with one image at a time')
         label, maps = batch.label.long(), self.maps(batch.views[0])
         second = F.interpolate(self.second(maps[2]), label.shape[-2:], mode='bilinear', align_corners=False)
         main, second = (F.cross_entropy(s.float(), label, ignore_index=UNDECIDED) for s in (self.logits(maps, label.shape[-1]), second))
         return {'loss': main + self.auxiliary*second, 'main': main.detach()}
 
     def answers(self,
-        x:Tensor,     # (B,3,S,S) normalised pictures
+        x:Tensor,     # (B,3,S,S) normalised images
         size:int,     # side in pixels to answer at
     )->list[Tensor]:  # one (B,size,size) of class ids
         "What every pixel is taken for."

@@ -8,7 +8,7 @@ __all__ = ['MIMS', 'OTHERS', 'METHODS', 'GIVEN', 'PATHWAYS', 'method_options', '
 # %% ../../nbs/methods/catalogue.ipynb #31b60e64
 from inspect import signature
 
-from ..core.errors import choose
+from ..core.errors import check_name
 from ..core.task import Task
 from .beit import beit
 from .cim import cim
@@ -22,7 +22,7 @@ from .mocov3 import mocov3
 from .semanticmim import semanticmim
 from .simmim import simmim
 from ..parts.encoder import Encoder
-from ..parts.pathways import Joint, Paint, Substitute
+from ..parts.pathways import Joint, MaskPixels, Substitute
 from ..parts.proxy import Proxy
 
 # %% ../../nbs/methods/catalogue.ipynb #403073fe
@@ -30,19 +30,19 @@ MIMS = (simmim, mae, maskfeat, beit, conmim)
 OTHERS = (cim, mocov3, dino, ibot, deit)
 METHODS = {m.__name__: m for m in (*MIMS, *map(semanticmim, MIMS), *OTHERS)}
 GIVEN = ('tokenizer', 'classes')   # what comes from the data, not from a recipe
-PATHWAYS = {'substitute': Substitute, 'paint': Paint, 'joint': Joint, 'proxy': Proxy}
+PATHWAYS = {'substitute': Substitute, 'paint': MaskPixels, 'joint': Joint, 'proxy': Proxy}
 
 # %% ../../nbs/methods/catalogue.ipynb #78be66e9
 def method_options(
     name:str,         # a method's name
 )->dict[str, object]: # option -> default
     "The options of a method and their defaults, read from its constructor."
-    parameters = signature(METHODS[choose(name, METHODS, 'method')]).parameters.values()
+    parameters = signature(METHODS[check_name(name, METHODS, 'method')]).parameters.values()
     return {p.name: p.default for p in parameters if p.name not in ('encoder', *GIVEN)}
 
 def needs(name:str)->list[str]:
     "What the method has to be given beside an encoder and its options: a tokenizer, or the number of classes."
-    return [p for p in signature(METHODS[choose(name, METHODS, 'method')]).parameters if p in GIVEN]
+    return [p for p in signature(METHODS[check_name(name, METHODS, 'method')]).parameters if p in GIVEN]
 
 # %% ../../nbs/methods/catalogue.ipynb #9976d80a
 def build(
@@ -52,7 +52,7 @@ def build(
     **options,                       # the method's own options; a pathway is given by name
 )->Task:
     "Build a method by name; unknown names and options are a `StudyError` with the near ones."
-    method = METHODS[choose(name, METHODS, 'method')]
-    for option in options: choose(option, method_options(name), f'option of {name}')
-    if 'pathway' in options: options['pathway'] = PATHWAYS[choose(options['pathway'], PATHWAYS, 'pathway')]
+    method = METHODS[check_name(name, METHODS, 'method')]
+    for option in options: check_name(option, method_options(name), f'option of {name}')
+    if 'pathway' in options: options['pathway'] = PATHWAYS[check_name(options['pathway'], PATHWAYS, 'pathway')]
     return method(encoder, **(given or {}), **options)

@@ -12,7 +12,7 @@ from ..parts.encoder import Encoder
 # %% ../../nbs/methods/deit.ipynb #c1cecaf4
 def deit(
     encoder:Encoder,
-    classes:int,          # K, from the data set
+    classes:int,          # K, from the dataset
     mixup:float=.8,       # α of mixup; 0 for none
     cutmix:float=1.,      # α of cutmix; 0 for none
     smoothing:float=.1,   # label smoothing

@@ -84,7 +84,7 @@ class DVAE(Task):
         self.logit, self.words = _lively(nn.Conv2d(width, vocabulary, 1)), nn.Parameter(torch.randn(vocabulary, width))
 
     def logits(self,
-        x:Tensor,   # (B,3,S,S) pictures in [0,1]
+        x:Tensor,   # (B,3,S,S) images in [0,1]
     )->Tensor:      # (B,K,S/stride,S/stride) float32
         "What the encoder says about each code."
         return self.logit(self.down(normalise(x))).float()
@@ -100,7 +100,7 @@ class DVAE(Task):
 
     @torch.no_grad()
     def codes(self,
-        x:Tensor,   # (B,3,S,S) pictures in [0,1]
+        x:Tensor,   # (B,3,S,S) images in [0,1]
     )->Tensor:      # (B,S/stride,S/stride) long
         "The likeliest code of every patch."
         with torch.autocast(x.device.type, enabled=False): return self.logits(x.float()).argmax(1)
@@ -109,5 +109,5 @@ class DVAE(Task):
     def redraw(self,
         ids:Tensor,  # (B,h,w) codes
     )->Tensor:       # (B,3,h*stride,w*stride) in [0,1]
-        "The picture that the codes describe."
+        "The image that the codes describe."
         return (self.up(self.words[ids].permute(0, 3, 1, 2)) + .5).clamp(0, 1)

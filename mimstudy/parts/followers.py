@@ -9,8 +9,8 @@ __all__ = ['Followers']
 from collections.abc import Sequence
 
 from torch import nn
-from ..core.errors import StudyError, choose
-from .ema import cosine_momentum, follow, slow_copy
+from ..core.errors import StudyError, check_name
+from .ema import cosine_momentum, ema_update, frozen_copy
 
 # %% ../../nbs/parts/54_followers.ipynb #33086316
 class Followers(nn.ModuleDict):
@@ -22,8 +22,8 @@ class Followers(nn.ModuleDict):
         mode:str='train',       # 'train' or 'eval': what their batch norms and stochastic depth do
     ):
         if not 0 <= momentum <= 1: raise StudyError(f'the momentum must lie in 0 … 1, not {momentum}')
-        super().__init__({name: slow_copy(getattr(task, name)) for name in names})
-        self.momentum, self.mode = momentum, choose(mode, ('train', 'eval'), 'mode of the slow copy')
+        super().__init__({name: frozen_copy(getattr(task, name)) for name in names})
+        self.momentum, self.mode = momentum, check_name(mode, ('train', 'eval'), 'mode of the slow copy')
         self.fast = [getattr(task, name) for name in names]   # a list, so that no part is registered a second time
         self.train()
 
@@ -32,4 +32,4 @@ class Followers(nn.ModuleDict):
     def after_step(self, progress:float)->None:
         "Move every copy by exactly 1 − α of the difference."
         alpha = cosine_momentum(self.momentum, progress) if self.momentum else 0.
-        for slow, fast in zip(self.values(), self.fast): follow(slow, fast, alpha)
+        for slow, fast in zip(self.values(), self.fast): ema_update(slow, fast, alpha)

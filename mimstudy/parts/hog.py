@@ -16,7 +16,7 @@ from ..core.task import Batch
 
 # %% ../../nbs/parts/70_hog.ipynb #e230d37a
 def gradients(
-    x:Tensor,  # (B,C,S,S) pictures
+    x:Tensor,  # (B,C,S,S) images
 )->tuple[Tensor, Tensor]:  # across (left minus right) and down (above minus below), (B,C,S,S) float32 each
     "Sobel differences with mirrored borders, each channel by itself, in float32 whatever the precision of the step."
     (h, w), around = x.shape[-2:], F.pad(x.float(), (1, 1, 1, 1), mode='reflect')
@@ -42,17 +42,17 @@ def votes(
     cell:int,         # side of a cell in px
     bins:int=9,       # sectors
 )->Tensor:            # (B,C,bins,S/cell,S/cell)
-    "Sum the votes of each cell; a cell size that does not tile the picture is a `StudyError`."
+    "Sum the votes of each cell; a cell size that does not tile the image is a `StudyError`."
     (b, c, h, w), rows, columns = strength.shape, strength.shape[-2]//cell, strength.shape[-1]//cell
-    if h % cell or w % cell: raise StudyError(f'HOG cells of {cell} px do not tile a picture of {h} x {w} px')
+    if h % cell or w % cell: raise StudyError(f'HOG cells of {cell} px do not tile a image of {h} x {w} px')
     def by_cell(t): return t.reshape(b, c, rows, cell, columns, cell).transpose(3, 4).reshape(b, c, rows, columns, cell*cell)
     empty = strength.new_zeros(b, c, rows, columns, bins)
     return empty.scatter_add_(-1, by_cell(sector), by_cell(strength)).movedim(-1, 2)
 
 # %% ../../nbs/parts/70_hog.ipynb #e9d2bc35
 def window_over(
-    height:int,  # of the picture in px
-    width:int,   # of the picture in px
+    height:int,  # of the image in px
+    width:int,   # of the image in px
     cell:int,    # c: the window is 2c wide and σ = c; the release has c = 8
     device:torch.device|str='cpu',  # where it is made
 )->Tensor:       # (height,width), each full window sums to 1
@@ -64,7 +64,7 @@ def window_over(
 
 # %% ../../nbs/parts/70_hog.ipynb #22e2fbbf
 def hog(
-    x:Tensor,          # (B,3,S,S) normalised pictures
+    x:Tensor,          # (B,3,S,S) normalised images
     cell:int=8,        # side of a cell in px (MaskFeat: 8)
     bins:int=9,        # sectors of half a turn (MaskFeat: 9)
     window:bool=True,  # the Gaussian window of SemanticMIM's release; False as in SlowFast's MaskFeat
@@ -78,7 +78,7 @@ def hog(
 def glyphs(
     h:Tensor,      # (B,C,bins,rows,columns) histograms, from `hog` or predicted
     size:int=16,   # px a cell is drawn at
-)->Tensor:         # (B,3,rows*size,columns*size) grey pictures in [0,1]
+)->Tensor:         # (B,3,rows*size,columns*size) grey images in [0,1]
     "Draw each cell's histogram as lines along its edges, the mean over the colours."
     h = h.float().mean(1).clamp(min=0)
     angle = (torch.arange(h.shape[1], device=h.device) + .5)*math.pi/h.shape[1]

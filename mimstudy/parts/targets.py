@@ -15,12 +15,12 @@ from .views import denormalise
 
 # %% ../../nbs/parts/75_targets.ipynb #b8c0637c
 def patchify(
-    x:Tensor,   # (B,C,S,S) pictures
+    x:Tensor,   # (B,C,S,S) images
     patch:int,  # side of a patch in px
 )->Tensor:      # (B,N,patch*patch*C)
-    "Cut pictures into patches; a patch size that does not tile them is a `StudyError`."
+    "Cut images into patches; a patch size that does not tile them is a `StudyError`."
     b, c, h, w = x.shape
-    if h % patch or w % patch: raise StudyError(f'patches of {patch} px do not tile a picture of {h} x {w} px')
+    if h % patch or w % patch: raise StudyError(f'patches of {patch} px do not tile a image of {h} x {w} px')
     x = x.reshape(b, c, h//patch, patch, w//patch, patch)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, patch*patch*c)
 
@@ -28,7 +28,7 @@ def unpatchify(
     patches:Tensor,  # (B,N,patch*patch*C), N a square number
     patch:int,       # side of a patch in px
 )->Tensor:           # (B,C,S,S)
-    "Put the patches of square pictures together again."
+    "Put the patches of square images together again."
     b, n, k = patches.shape
     side = round(n**.5)
     return patches.reshape(b, side, side, patch, patch, -1).permute(0, 5, 1, 3, 2, 4).reshape(b, -1, side*patch, side*patch)

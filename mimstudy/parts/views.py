@@ -12,8 +12,8 @@ from math import log
 
 import torch
 from torch import Generator, Tensor
-from ..core.errors import StudyError, choose
-from .augment import erase, rand_augment
+from ..core.errors import StudyError, check_name
+from .rand_augment import erase, rand_augment
 from .colour import COLOURINGS, perturb
 
 # %% ../../nbs/parts/60_views.ipynb #c88de452
@@ -26,8 +26,8 @@ def normalise(
     x:Tensor,                   # (B,3,S,S) in [0,1]
     statistics:str='imagenet',  # one of `STATISTICS`
 )->Tensor:
-    "Pictures with the mean at 0 and the deviation at 1, by default those of ImageNet."
-    mean, std = STATISTICS[choose(statistics, STATISTICS, 'statistics of colours')]
+    "Images with the mean at 0 and the deviation at 1, by default those of ImageNet."
+    mean, std = STATISTICS[check_name(statistics, STATISTICS, 'statistics of colours')]
     return (x - mean.to(x.device, non_blocking=True)).div_(std.to(x.device, non_blocking=True))
 
 def denormalise(
@@ -38,14 +38,14 @@ def denormalise(
 
 # %% ../../nbs/parts/60_views.ipynb #b3f8a77e
 def crop_boxes(
-    n:int,                      # pictures
-    height:int,                 # of the pictures, in pixels
+    n:int,                      # images
+    height:int,                 # of the images, in pixels
     width:int,
-    scale:Sequence[float],      # smallest and largest share of the picture's area
+    scale:Sequence[float],      # smallest and largest share of the image's area
     ratio:Sequence[float],      # smallest and largest width/height
     generator:Generator,
 )->Tensor:                      # (n,4) long: top, left, height, width in pixels
-    "A random box in each picture, as torchvision's `RandomResizedCrop` draws it."
+    "A random box in each image, as torchvision's `RandomResizedCrop` draws it."
     areas, shapes = torch.rand(2, n, 10, generator=generator)
     area = height*width*(scale[0] + (scale[1] - scale[0])*areas)
     shape = (log(ratio[0]) + (log(ratio[1]) - log(ratio[0]))*shapes).exp()
@@ -68,7 +68,7 @@ def cubic_weights(
     start:Tensor,    # (B,) first pixel of the box along one axis
     length:Tensor,   # (B,) pixels of the box
     size:int,        # pixels to make of them
-    side:int,        # pixels of the whole picture
+    side:int,        # pixels of the whole image
     flip:Tensor,     # (B,) bool, count from the other end
 )->Tensor:           # (B,size,side), rows add up to 1
     "Weights of the old pixels in each new one: bicubic, smoothed when shrinking, as Pillow and torchvision resize."
@@ -81,33 +81,33 @@ def cubic_weights(
 
 # %% ../../nbs/parts/60_views.ipynb #7147a728
 def cut(
-    pictures:Tensor,  # uint8 (B,3,H,W)
+    images:Tensor,  # uint8 (B,3,H,W)
     boxes:Tensor,     # (B,4) long: top, left, height, width in pixels
     flip:Tensor,      # (B,) bool, True = mirrored
     size:int,         # side of the result in pixels
 )->Tensor:            # (B,3,size,size) in [0,1]
-    "Each picture's box, resized to one size, and mirrored where `flip` says so."
-    (top, left, height, width), (H, W) = boxes.T, pictures.shape[-2:]
+    "Each image's box, resized to one size, and mirrored where `flip` says so."
+    (top, left, height, width), (H, W) = boxes.T, images.shape[-2:]
     rows, columns = cubic_weights(top, height, size, H, torch.zeros_like(flip)), cubic_weights(left, width, size, W, flip)
-    with torch.autocast(pictures.device.type, enabled=False):
-        return (rows[:, None]@(pictures.float().div_(255)@columns[:, None].mT)).clamp_(0, 1)
+    with torch.autocast(images.device.type, enabled=False):
+        return (rows[:, None]@(images.float().div_(255)@columns[:, None].mT)).clamp_(0, 1)
 
 # %% ../../nbs/parts/60_views.ipynb #84536888
 def draw_crops(
-    pictures:Tensor,        # uint8 (B,3,H,W), on any device
+    images:Tensor,        # uint8 (B,3,H,W), on any device
     scale:Sequence[float],  # smallest and largest share of the area
     ratio:Sequence[float],  # smallest and largest width/height
     flip:float,             # probability of a mirror image
     generator:Generator,    # on the CPU
-)->tuple[Tensor, Tensor]:   # boxes (B,4) long and mirrors (B,) bool, on the device of the pictures
-    "A box in each picture, and whether it is mirrored."
-    (n, _, H, W), device = pictures.shape, pictures.device
+)->tuple[Tensor, Tensor]:   # boxes (B,4) long and mirrors (B,) bool, on the device of the images
+    "A box in each image, and whether it is mirrored."
+    (n, _, H, W), device = images.shape, images.device
     boxes = crop_boxes(n, H, W, scale, ratio, generator)
     mirror = torch.rand(n, generator=generator) < flip
     return boxes.to(device, non_blocking=True), mirror.to(device, non_blocking=True)
 
 def crop_flip(
-    pictures:Tensor,                   # uint8 (B,3,H,W), on any device
+    images:Tensor,                   # uint8 (B,3,H,W), on any device
     size:int,                          # side of the result in pixels
     scale:Sequence[float]=(.08, 1.),   # share of the area; ConMIM, BEiT; MaskFeat takes (.5, 1.), SemanticMIM Table 2
     ratio:Sequence[float]=(3/4, 4/3),  # width/height
@@ -115,8 +115,8 @@ def crop_flip(
     *,
     generator:Generator,               # on the CPU
 )->Tensor:                             # (B,3,size,size) in [0,1]
-    "A random resized crop of each picture, mirrored with probability `flip`."
-    return cut(pictures, *draw_crops(pictures, scale, ratio, flip, generator), size)
+    "A random resized crop of each image, mirrored with probability `flip`."
+    return cut(images, *draw_crops(images, scale, ratio, flip, generator), size)
 
 # %% ../../nbs/parts/60_views.ipynb #f8b16d04
 def cut_map(
@@ -132,7 +132,7 @@ def cut_map(
     return maps[torch.arange(len(maps), device=maps.device)[:, None, None], rows[:, :, None], columns[:, None]]
 
 def crop_pair(
-    pictures:Tensor,         # uint8 (B,3,H,W), on any device
+    images:Tensor,         # uint8 (B,3,H,W), on any device
     maps:Tensor,             # (B,H,W) class ids, beside them
     size:int,                # side of the result in pixels
     scale:Sequence[float],   # share of the area
@@ -140,9 +140,9 @@ def crop_pair(
     *,
     generator:Generator,     # on the CPU
 )->tuple[Tensor, Tensor]:    # (B,3,size,size) in [0,1] and (B,size,size)
-    "Random resized crops of pictures and of their label maps."
-    boxes, mirror = draw_crops(pictures, scale, (3/4, 4/3), flip, generator)
-    return cut(pictures, boxes, mirror, size), cut_map(maps, boxes, mirror, size)
+    "Random resized crops of images and of their label maps."
+    boxes, mirror = draw_crops(images, scale, (3/4, 4/3), flip, generator)
+    return cut(images, boxes, mirror, size), cut_map(maps, boxes, mirror, size)
 
 # %% ../../nbs/parts/60_views.ipynb #0ac0e9bf
 READINGS = dict(strong='paper', release='release', jitter='jitter')   # a kind of view -> its colouring
@@ -161,36 +161,36 @@ def read_as(
     return erase(normalise(x), generator) if kind in TUNING else normalise(x)
 
 class Views:
-    "Aligned views of a batch: one crop a picture, read in several ways; an unknown kind is a `StudyError`."
+    "Aligned views of a batch: one crop a image, read in several ways; an unknown kind is a `StudyError`."
     def __init__(self,
         size:int,                        # side of the views in pixels
         kinds:Sequence[str]=('weak',),   # of `KINDS`, the student's first
         crop:Sequence[float]=(.08, 1.),  # share of the area that a crop may have
         flip:float=.5,                   # probability of a mirror image
     ):
-        self.size, self.crop, self.flip, self.kinds = size, crop, flip, [choose(k, KINDS, 'kind of view') for k in kinds]
+        self.size, self.crop, self.flip, self.kinds = size, crop, flip, [check_name(k, KINDS, 'kind of view') for k in kinds]
         if 'plain' in kinds and set(kinds) != {'plain'}: raise StudyError('a plain view is not cropped, so it cannot be aligned with others')
 
     def __call__(self,
-        pictures:Tensor,      # uint8 (B,3,H,W), on any device
+        images:Tensor,      # uint8 (B,3,H,W), on any device
         generator:Generator,  # on the CPU; every call goes on where the last one stopped
     )->list[Tensor]:          # one (B,3,size,size) for each kind, normalised
         "The views of a batch, all of the same crops."
-        if 'plain' in self.kinds: x = plain(pictures, self.size)
-        else: x = crop_flip(pictures, self.size, self.crop, flip=self.flip, generator=generator)
+        if 'plain' in self.kinds: x = plain(images, self.size)
+        else: x = crop_flip(images, self.size, self.crop, flip=self.flip, generator=generator)
         return [read_as(x, kind, generator) for kind in self.kinds]
 
 def plain(
-    pictures:Tensor,  # uint8 (B,3,H,W)
+    images:Tensor,  # uint8 (B,3,H,W)
     size:int,         # side of the result in pixels
 )->Tensor:            # (B,3,size,size) in [0,1]
-    "The whole pictures, resized."
-    whole = torch.tensor([[0, 0, *pictures.shape[-2:]]]).to(pictures.device, non_blocking=True)
-    return cut(pictures, whole, torch.zeros_like(whole[:, 0], dtype=torch.bool), size)
+    "The whole images, resized."
+    whole = torch.tensor([[0, 0, *images.shape[-2:]]]).to(images.device, non_blocking=True)
+    return cut(images, whole, torch.zeros_like(whole[:, 0], dtype=torch.bool), size)
 
 # %% ../../nbs/parts/60_views.ipynb #caaa6283
 class MultiCrop:
-    "Independent crops of each picture, large ones first; a size that the patch does not divide is a `StudyError`."
+    "Independent crops of each image, large ones first; a size that the patch does not divide is a `StudyError`."
     def __init__(self,
         size:int,                                      # side of the large views in pixels
         patch:int,                                     # side of the encoder's patches
@@ -201,15 +201,15 @@ class MultiCrop:
         local_scale:Sequence[float]=(.05, .4),         # share of the area for them
         flip:float=.5,                                 # probability of a mirror image
     ):
-        large = [(size, scale, COLOURINGS[choose(k, COLOURINGS, 'colouring')]) for k in kinds]
+        large = [(size, scale, COLOURINGS[check_name(k, COLOURINGS, 'colouring')]) for k in kinds]
         self.plan, self.flip = large + [(local_size, local_scale, COLOURINGS['local'])]*locals, flip
         for s in {s for s, _, _ in self.plan if s % patch}:
             raise StudyError(f'a crop of {s} px cannot be cut into patches of {patch} px; take {s - s % patch} or {s - s % patch + patch}')
 
     def __call__(self,
-        pictures:Tensor,      # uint8 (B,3,H,W), on any device
+        images:Tensor,      # uint8 (B,3,H,W), on any device
         generator:Generator,  # on the CPU
     )->list[Tensor]:          # (B,3,size,size) for each large view, then (B,3,local_size,local_size) for each small one
         "The views of a batch, each of a crop of its own, normalised."
-        return [normalise(perturb(crop_flip(pictures, size, scale, flip=self.flip, generator=generator), colouring, generator))
+        return [normalise(perturb(crop_flip(images, size, scale, flip=self.flip, generator=generator), colouring, generator))
                 for size, scale, colouring in self.plan]

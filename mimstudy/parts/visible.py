@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..core.errors import StudyError
 from .encoder import INITS, Encoder
 from .masks import Mask, gather
-from .pathways import same_counts
-from .positions import sincos_positions
+from .pathways import check_equal_counts
+from .position_embedding import sincos_positions
 
 # %% ../../nbs/parts/22_visible.ipynb #21948616
 @torch.no_grad()
@@ -51,15 +51,15 @@ class Visible(nn.Module):
 
     def latent(self, x, mask):
         "The encoded prefix and visible patches, (B,P+V,D)."
-        seen = gather(self.encoder.tokens(x), mask.visible)
-        return self.encoder.encode(torch.cat([self.encoder.prefix(len(x)), seen], 1))
+        seen = gather(self.encoder.patch_tokens(x), mask.visible)
+        return self.encoder.encode(torch.cat([self.encoder.prefix_tokens(len(x)), seen], 1))
 
     def forward(self,
-        x:Tensor,     # (B,3,S,S) normalised pictures
+        x:Tensor,     # (B,3,S,S) normalised images
         mask:Mask,    # random or unit masks
     )->Tensor:        # (B,P+N,width) the decoder's tokens after its norm
         "Encode what is visible, decode everything."
-        same_counts(mask, 'Visible')
+        check_equal_counts(mask, 'Visible')
         z, P = self.narrow(self.latent(x, mask)), self.encoder.P
         canvas = self.mask_token.to(z.dtype).expand(len(x), self.encoder.N, -1)
         canvas = canvas.scatter(1, mask.visible[..., None].expand(-1, -1, self.width), z[:, P:])
