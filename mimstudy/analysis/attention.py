@@ -16,88 +16,99 @@ from ..core.errors import StudyError
 
 # %% ../../nbs/analysis/attention.ipynb #d33f77fc
 def patch_weights(
-    weights:Tensor,           # (…,T,T) attention, prefix tokens first
-    P:int,                    # prefix tokens
-    renormalise:bool=False,   # make the rows sum to 1 again
-)->Tensor:                    # (…,T,N)
+    weights: Tensor,  # (…,T,T) attention, prefix tokens first
+    P: int,  # prefix tokens
+    renormalise: bool = False,  # make the rows sum to 1 again
+) -> Tensor:  # (…,T,N)
     "Attention to patches alone: the columns of the prefix tokens are cut off."
     weights = weights[..., P:]
-    return weights/weights.sum(-1, keepdim=True) if renormalise else weights
+    return weights / weights.sum(-1, keepdim=True) if renormalise else weights
+
 
 def query_maps(
-    weights:Tensor,           # (B,H,T,T) attention of one block
-    queries:Tensor|list[int], # (Q,) patches, counted row by row, the same in every image; or (B,Q)
-    P:int,                    # prefix tokens
-    grid:tuple[int, int],     # patches down and across
-    renormalise:bool=False,   # False: as SemanticMIM's release draws them
-)->Tensor:                    # (B,Q,gh,gw)
+    weights: Tensor,  # (B,H,T,T) attention of one block
+    queries: Tensor | list[int],  # (Q,) patches, counted row by row, the same in every image; or (B,Q)
+    P: int,  # prefix tokens
+    grid: tuple[int, int],  # patches down and across
+    renormalise: bool = False,  # False: as SemanticMIM's release draws them
+) -> Tensor:  # (B,Q,gh,gw)
     "What chosen patches look at, averaged over heads (SemanticMIM Fig. 7)."
     rows = patch_weights(weights.mean(1), P, renormalise)[:, P:]
     queries = torch.as_tensor(queries, device=rows.device).expand(len(rows), -1)
     return rows.gather(1, queries[..., None].expand(-1, -1, rows.shape[2])).unflatten(2, grid)
 
+
 def prefix_maps(
-    weights:Tensor,           # (B,H,T,T) attention of one block
-    P:int,                    # prefix tokens
-    grid:tuple[int, int],     # patches down and across
-    renormalise:bool=False,   # False: as SemanticMIM's release draws them
-)->Tensor:                    # (B,P,gh,gw)
+    weights: Tensor,  # (B,H,T,T) attention of one block
+    P: int,  # prefix tokens
+    grid: tuple[int, int],  # patches down and across
+    renormalise: bool = False,  # False: as SemanticMIM's release draws them
+) -> Tensor:  # (B,P,gh,gw)
     "What the [CLS] or [PROXY] tokens look at, averaged over heads (SemanticMIM Fig. 8)."
     return patch_weights(weights.mean(1), P, renormalise)[:, :P].unflatten(2, grid)
 
 # %% ../../nbs/analysis/attention.ipynb #89db87e5
 def patch_distances(
-    grid:tuple[int, int],  # patches down and across
-)->Tensor:                 # (N,N)
+    grid: tuple[int, int],  # patches down and across
+) -> Tensor:  # (N,N)
     "Euclidean distances between patch centres, in patches."
     down, across = torch.meshgrid(*(torch.arange(float(g)) for g in grid), indexing='ij')
     return torch.hypot(down.flatten()[:, None] - down.flatten(), across.flatten()[:, None] - across.flatten())
 
+
 def attention_distance(
-    weights:Tensor,           # (…,H,T,T) attention
-    grid:tuple[int, int],     # patches down and across
-    patch:int,                # side of a patch in pixels
-    P:int,                    # prefix tokens
-    renormalise:bool=True,    # as in the analysis that SemanticMIM follows (appendix A)
-)->Tensor:                    # (…,H) pixels
+    weights: Tensor,  # (…,H,T,T) attention
+    grid: tuple[int, int],  # patches down and across
+    patch: int,  # side of a patch in pixels
+    P: int,  # prefix tokens
+    renormalise: bool = True,  # as in the analysis that SemanticMIM follows (appendix A)
+) -> Tensor:  # (…,H) pixels
     "Mean distance between a patch and what it looks at, head by head."
     rows = patch_weights(weights, P, renormalise)[..., P:, :]
-    return patch*(rows*patch_distances(grid).to(rows)).sum(-1).mean(-1)
+    return patch * (rows * patch_distances(grid).to(rows)).sum(-1).mean(-1)
 
 # %% ../../nbs/analysis/attention.ipynb #7f64dce1
 def nmi(
-    weights:Tensor,   # (…,H,T,T) attention
-    P:int,            # prefix tokens
-)->Tensor:            # (…,H) from 0 to 1
+    weights: Tensor,  # (…,H,T,T) attention
+    P: int,  # prefix tokens
+) -> Tensor:  # (…,H) from 0 to 1
     "Normalised mutual information between query patch and key patch, head by head."
     rows = patch_weights(weights, P, renormalise=True)[..., P:, :].double()
-    key = rows.mean(-2)                                            # how often each patch is looked at
+    key = rows.mean(-2)  # how often each patch is looked at
     shared = torch.special.entr(key).sum(-1) - torch.special.entr(rows).sum(-1).mean(-1)
-    return (shared/(math.log(rows.shape[-1])*torch.special.entr(key).sum(-1)).sqrt()).to(weights)
+    return (shared / (math.log(rows.shape[-1]) * torch.special.entr(key).sum(-1)).sqrt()).to(weights)
 
 # %% ../../nbs/analysis/attention.ipynb #6c9a6649
 def overlap(
-    maps:Tensor,   # (P,gh,gw) mean maps of P tokens, P at least 2
-)->Tensor:         # scalar, from 0 to 1
+    maps: Tensor,  # (P,gh,gw) mean maps of P tokens, P at least 2
+) -> Tensor:  # scalar, from 0 to 1
     "Mean overlap of pairs of maps: 1 if all are equal, 0 if no two share a patch."
-    if len(maps) < 2: raise StudyError(f'an overlap needs the maps of two tokens or more, not of {len(maps)}; a single [CLS] has none')
-    shares = maps.flatten(1)/maps.flatten(1).sum(1, keepdim=True)
+    if len(maps) < 2:
+        raise StudyError(
+            f'an overlap needs the maps of two tokens or more, not of {len(maps)}; a single [CLS] has none'
+        )
+    shares = maps.flatten(1) / maps.flatten(1).sum(1, keepdim=True)
     first, second = torch.triu_indices(len(maps), len(maps), 1, device=maps.device)
     return torch.minimum(shares[first], shares[second]).sum(1).mean()
 
 # %% ../../nbs/analysis/attention.ipynb #ba739b1b
 def label_shares(
-    labels:Tensor,           # (B,S,S) region number of each pixel
-    grid:tuple[int, int],    # patches down and across
-    regions:int,             # how many regions there are
-)->Tensor:                   # (B,N,regions)
+    labels: Tensor,  # (B,S,S) region number of each pixel
+    grid: tuple[int, int],  # patches down and across
+    regions: int,  # how many regions there are
+) -> Tensor:  # (B,N,regions)
     "Which share of each patch shows which region."
-    return F.adaptive_avg_pool2d(F.one_hot(labels.long(), regions).float().movedim(-1, 1), grid).flatten(2).transpose(1, 2)
+    return (
+        F.adaptive_avg_pool2d(F.one_hot(labels.long(), regions).float().movedim(-1, 1), grid)
+        .flatten(2)
+        .transpose(1, 2)
+    )
+
 
 def own_shares(
-    shares:Tensor,           # (B,N,regions)
-    queries:Tensor|list[int],# (Q,) or (B,Q) patches
-)->tuple[Tensor, Tensor]:    # shares (B,Q,N) of the query's own region in every patch; that region (B,Q)
+    shares: Tensor,  # (B,N,regions)
+    queries: Tensor | list[int],  # (Q,) or (B,Q) patches
+) -> tuple[Tensor, Tensor]:  # shares (B,Q,N) of the query's own region in every patch; that region (B,Q)
     "How much of every patch shows what the query shows."
     queries = torch.as_tensor(queries, device=shares.device).expand(len(shares), -1)
     region = shares.argmax(2).gather(1, queries)
@@ -106,21 +117,26 @@ def own_shares(
 # %% ../../nbs/analysis/attention.ipynb #6c1841e2
 def _at_distance(own, queries, grid):
     "For every patch (B,Q,N): the mean share among the patches that lie equally far from the query."
-    ring = (patch_distances(grid)**2).round().long().unique(return_inverse=True)[1].to(own.device)[queries]
+    ring = (patch_distances(grid) ** 2).round().long().unique(return_inverse=True)[1].to(own.device)[queries]
     sums = torch.zeros(*own.shape[:2], int(ring.max()) + 1, device=own.device)
     members = sums.scatter_add(2, ring, torch.ones_like(own))
-    return (sums.scatter_add(2, ring, own)/members.clamp_min(1)).gather(2, ring)
+    return (sums.scatter_add(2, ring, own) / members.clamp_min(1)).gather(2, ring)
+
 
 def consistency(
-    maps:Tensor,                 # (B,Q,gh,gw) what each query looks at
-    own:Tensor,                  # (B,Q,N) share of the query's own region in every patch
-    queries:Tensor|list[int],    # (Q,) or (B,Q) patches
-    equal_distance:bool=False,   # compare with the region's share at the distances looked at, not in the whole image
-)->Tensor:                       # (B,Q); nan where the region is the query's patch and no more
+    maps: Tensor,  # (B,Q,gh,gw) what each query looks at
+    own: Tensor,  # (B,Q,N) share of the query's own region in every patch
+    queries: Tensor | list[int],  # (Q,) or (B,Q) patches
+    equal_distance: bool = False,  # compare with the region's share at the distances looked at, not in the whole image
+) -> Tensor:  # (B,Q); nan where the region is the query's patch and no more
     "Attention on the query's own region over what the region covers (SemanticMIM §3.2); the query's own patch is left out."
     queries = torch.as_tensor(queries, device=maps.device).expand(len(maps), -1)
-    elsewhere = torch.ones_like(own).scatter_(2, queries[..., None], 0.)
-    looks = maps.flatten(2)*elsewhere
-    looks = looks/looks.sum(2, keepdim=True)
-    due = (looks*_at_distance(own, queries, maps.shape[2:])).sum(2) if equal_distance else (elsewhere*own).sum(2)/elsewhere.sum(2)
-    return (looks*own).sum(2)/due
+    elsewhere = torch.ones_like(own).scatter_(2, queries[..., None], 0.0)
+    looks = maps.flatten(2) * elsewhere
+    looks = looks / looks.sum(2, keepdim=True)
+    due = (
+        (looks * _at_distance(own, queries, maps.shape[2:])).sum(2)
+        if equal_distance
+        else (elsewhere * own).sum(2) / elsewhere.sum(2)
+    )
+    return (looks * own).sum(2) / due

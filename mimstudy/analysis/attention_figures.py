@@ -13,78 +13,106 @@ import torch
 from matplotlib.figure import Figure
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from .attention import attention_distance, consistency, label_shares, nmi, overlap, own_shares, prefix_maps, query_maps
+from mimstudy.analysis.attention import (
+    attention_distance,
+    consistency,
+    label_shares,
+    nmi,
+    overlap,
+    own_shares,
+    prefix_maps,
+    query_maps,
+)
 from ..core.errors import StudyError
 from ..core.scenes import BACKGROUNDS, REGIONS, Scenes
 from ..core.plotting import show_heatmaps
 from ..parts.encoder import Encoder, attention
-from ..parts.views import normalise, plain
+from ..parts.views import normalise, resize_only
 from ..study.records import RecordStore
 
 # %% ../../nbs/analysis/attention_figures.ipynb #6e9d67c7
 def attention_of(
-    encoder:VisionTransformer,  # in evaluation mode
-    images:Tensor,            # uint8 (n,3,S,S)
-    block:int=-1,               # counted from 0; -1 is the last
-)->Tensor:                      # (n,H,T,T)
+    encoder: VisionTransformer,  # in evaluation mode
+    images: Tensor,  # uint8 (n,3,S,S)
+    block: int = -1,  # counted from 0; -1 is the last
+) -> Tensor:  # (n,H,T,T)
     "The attention weights of one block for stored images."
     device = next(encoder.parameters()).device
-    return attention(encoder, normalise(plain(images.to(device), encoder.patch_embed.img_size[0])), block)
+    return attention(encoder, normalise(resize_only(images.to(device), encoder.patch_embed.img_size[0])), block)
 
 # %% ../../nbs/analysis/attention_figures.ipynb #460c057c
 def quarter_queries(
-    grid:tuple[int, int],  # patches down and across
-)->list[int]:
+    grid: tuple[int, int],  # patches down and across
+) -> list[int]:
     "The four patches at the quarter points of a grid, counted row by row."
     (down, across), at = grid, (1, 3)
-    return [down*i//4*across + across*j//4 for i in at for j in at]
+    return [down * i // 4 * across + across * j // 4 for i in at for j in at]
 
 # %% ../../nbs/analysis/attention_figures.ipynb #6d9eade0
 def attention_figure(
-    encoders:Mapping[str, VisionTransformer],  # label -> encoder in evaluation mode; their grids are equal
-    images:Tensor,                           # uint8 (n,3,S,S)
-    queries:Sequence[int]|None=None,           # Q patches; `quarter_queries` by default
-    block:int=-1,                              # counted from 0; -1 is the last
-)->Figure:
+    encoders: Mapping[str, VisionTransformer],  # label -> encoder in evaluation mode; their grids are equal
+    images: Tensor,  # uint8 (n,3,S,S)
+    queries: Sequence[int] | None = None,  # Q patches; `quarter_queries` by default
+    block: int = -1,  # counted from 0; -1 is the last
+) -> Figure:
     "What chosen patches look at, averaged over heads: encoders below each other, queries side by side (SemanticMIM Fig. 7)."
     grids = {e.patch_embed.grid_size for e in encoders.values()}
-    if len(grids) > 1: raise StudyError(f'one figure needs one grid of patches, and these encoders have {sorted(grids)}; draw them apart')
+    if len(grids) > 1:
+        raise StudyError(
+            f'one figure needs one grid of patches, and these encoders have {sorted(grids)}; draw them apart'
+        )
     (grid,), n = grids, len(images)
     queries = list(queries or quarter_queries(grid))
-    bare = torch.full((1, n*len(queries), *grid), torch.nan)              # nothing over the images of the first row
-    heat = [query_maps(attention_of(e, images, block), queries, e.num_prefix_tokens, grid).flatten(0, 1).cpu() for e in encoders.values()]
-    return show_heatmaps(images.repeat_interleave(len(queries), 0), torch.cat([bare, torch.stack(heat)]), queries*n,
-                     rows=['image', *(label.replace(' + ', '\n+ ') for label in encoders)])
+    bare = torch.full((1, n * len(queries), *grid), torch.nan)  # nothing over the images of the first row
+    heat = [
+        query_maps(attention_of(e, images, block), queries, e.num_prefix_tokens, grid).flatten(0, 1).cpu()
+        for e in encoders.values()
+    ]
+    return show_heatmaps(
+        images.repeat_interleave(len(queries), 0),
+        torch.cat([bare, torch.stack(heat)]),
+        queries * n,
+        rows=['image', *(label.replace(' + ', '\n+ ') for label in encoders)],
+    )
 
 # %% ../../nbs/analysis/attention_figures.ipynb #f4e03b79
 def attention_measures(
-    encoders:Mapping[str, VisionTransformer],  # label -> encoder in evaluation mode
-    world:Scenes,                              # images with exact label maps
-    block:int=-1,                              # counted from 0; -1 is the last
-)->pd.DataFrame:                               # one line an encoder
+    encoders: Mapping[str, VisionTransformer],  # label -> encoder in evaluation mode
+    world: Scenes,  # images with exact label maps
+    block: int = -1,  # counted from 0; -1 is the last
+) -> pd.DataFrame:  # one line an encoder
     "Distance, mutual information, overlap of proxies and consistency of each encoder, on scenes whose label maps are known."
     lines = {}
     for label, e in encoders.items():
         weights, P, grid = attention_of(e, world.images, block), e.num_prefix_tokens, e.patch_embed.grid_size
-        asks = torch.arange(grid[0]*grid[1], device=weights.device)
+        asks = torch.arange(grid[0] * grid[1], device=weights.device)
         own, region = own_shares(label_shares(world.maps.to(weights.device), grid, len(REGIONS)), asks)
-        score, ground = consistency(query_maps(weights, asks, P, grid), own, asks, equal_distance=True), region < len(BACKGROUNDS)
+        score, ground = (
+            consistency(query_maps(weights, asks, P, grid), own, asks, equal_distance=True),
+            region < len(BACKGROUNDS),
+        )
         lines[label] = {
             'distance, px': attention_distance(weights, grid, e.patch_embed.patch_size[0], P).mean(),
             'mutual information': nmi(weights, P).mean(),
-            'overlap of proxies': overlap(prefix_maps(weights, P, grid).mean(0)) if P > 1 else torch.tensor(torch.nan),
-            'consistency, objects': score[~ground].nanmean(), 'consistency, ground': score[ground].nanmean()}
-    return pd.DataFrame({label: {name: value.item() for name, value in line.items()} for label, line in lines.items()}).T
+            'overlap of proxies': overlap(prefix_maps(weights, P, grid).mean(0))
+            if P > 1
+            else torch.tensor(torch.nan),
+            'consistency, objects': score[~ground].nanmean(),
+            'consistency, ground': score[ground].nanmean(),
+        }
+    return pd.DataFrame(
+        {label: {name: value.item() for name, value in line.items()} for label, line in lines.items()}
+    ).T
 
 # %% ../../nbs/analysis/attention_figures.ipynb #8cde5ac7
 def found_encoders(
-    results:RecordStore,
-    table:str,            # its name
-    rows:Sequence[str],   # names of rows, in the order of the figure
-    scale:str,            # 'smoke', 'laptop', 'gpu' or 'paper'
-    data:str,             # a dataset's name
-    seed:int=0,
-)->dict[str, Encoder]:    # the row's label -> its encoder, in evaluation mode
+    results: RecordStore,
+    table: str,  # its name
+    rows: Sequence[str],  # names of rows, in the order of the figure
+    scale: str,  # 'smoke', 'laptop', 'gpu' or 'paper'
+    data: str,  # a dataset's name
+    seed: int = 0,
+) -> dict[str, Encoder]:  # the row's label -> its encoder, in evaluation mode
     "The encoders of these rows that were trained here."
     records = sorted(results.find(table=table, scale=scale, data=data, seed=seed), key=lambda r: r['created'])
     newest = {r['row']: r for r in records if results.run_folder(r['train']).is_dir()}

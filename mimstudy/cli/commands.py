@@ -24,196 +24,295 @@ from ..core.errors import StudyError, check_name
 # %% ../../nbs/cli/50_commands.ipynb #631bd99f
 class Commands(TyperGroup):
     "A group of commands whose `StudyError`s are one line on stderr and exit code 2."
-    def invoke(self,
-        ctx:typer.Context,  # typer's own
+
+    def invoke(
+        self,
+        ctx: typer.Context,  # typer's own
     ):
         "Carry out the command; an interrupt says how to go on."
-        try: return super().invoke(ctx)
-        except StudyError as e: typer.echo(f'error: {e}', err=True); raise typer.Exit(2) from None
-        except KeyboardInterrupt: typer.echo('stopped; the same command goes on from here', err=True); raise typer.Exit(130) from None
+        try:
+            return super().invoke(ctx)
+        except StudyError as e:
+            typer.echo(f'error: {e}', err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo('stopped; the same command goes on from here', err=True)
+            raise typer.Exit(130) from None
 
 # %% ../../nbs/cli/50_commands.ipynb #15844e35
-MANY = {'--seeds': re.compile(r'-?[\d,]+'), '--rows': re.compile(r'[^-].*'), '--methods': re.compile(r'[^-].*'),
-        '--protocols': re.compile(r'[^-].*')}   # what further values look like
-EXAMPLES = {'--seeds': '0 1 2', '--rows': 'beit maskfeat', '--methods': 'beit conmim', '--protocols': 'linear finetune'}
+MANY = {
+    '--seeds': re.compile(r'-?[\d,]+'),
+    '--rows': re.compile(r'[^-].*'),
+    '--methods': re.compile(r'[^-].*'),
+    '--protocols': re.compile(r'[^-].*'),
+}  # what further values look like
+EXAMPLES = {
+    '--seeds': '0 1 2',
+    '--rows': 'beit maskfeat',
+    '--methods': 'beit conmim',
+    '--protocols': 'linear finetune',
+}
+
 
 def estimate(
-    args:Sequence[str],  # words of a command line
-)->list[str]:            # the same, with a flag before each value
+    args: Sequence[str],  # words of a command line
+) -> list[str]:  # the same, with a flag before each value
     "Repeat the flags of `MANY` before every one of their values; a `StudyError` where one has none."
-    found, flag, bare = [], None, False   # bare: the flag waits for its first value
+    found, flag, bare = [], None, False  # bare: the flag waits for its first value
     for word in [*args, '--']:
         name, given, value = word.partition('=')
         if flag and (MANY[flag].fullmatch(word) or bare and not word.startswith('--')):
             found, bare = found + [f'{flag}={v}' for v in word.split(',') if v], False
             continue
-        if bare: raise StudyError(f'{flag} needs one value or more, as in {flag} {EXAMPLES[flag]}')
+        if bare:
+            raise StudyError(f'{flag} needs one value or more, as in {flag} {EXAMPLES[flag]}')
         flag, bare = (name, not given) if name in MANY else (None, False)
-        if not flag: found.append(word)
-        elif given: found += [f'{flag}={v}' for v in value.split(',')]
+        if not flag:
+            found.append(word)
+        elif given:
+            found += [f'{flag}={v}' for v in value.split(',')]
     return found[:-1]
+
 
 class Spreading(TyperCommand):
     "A command whose flags may be followed by several values."
-    def parse_args(self,
-        ctx:typer.Context,  # typer's own
-        args:list[str],     # words of the command line
+
+    def parse_args(
+        self,
+        ctx: typer.Context,  # typer's own
+        args: list[str],  # words of the command line
     ):
         "Read the words as `estimate` leaves them."
         return super().parse_args(ctx, estimate(args))
 
 # %% ../../nbs/cli/50_commands.ipynb #96967e90
-app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help='A study of masked image modelling: ConMIM and SemanticMIM, from images to tables.')
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help='A study of masked image modelling: ConMIM and SemanticMIM, from images to tables.',
+)
 
-@app.callback()   # commands keep their names even where there is one only
-def _study(): pass
+
+@app.callback()  # commands keep their names even where there is one only
+def _study():
+    pass
+
 
 Scale = Annotated[str, typer.Option(help='smoke, laptop, gpu or paper')]
 Data = Annotated[str, typer.Option(help='a dataset; the one of the scale by default')]
 Seeds = Annotated[list[int], typer.Option(min=0, help='one or more seeds: --seeds 0 1 2', show_default='0')]
-Rows = Annotated[list[str], typer.Option(help='some rows of the table: --rows beit maskfeat', show_default='all')]
-Protocols = Annotated[list[str], typer.Option(help='how rows are measured: --protocols linear finetune', show_default='the probes of the table')]
-Folder = Annotated[Path|None, typer.Option('--results', help='where records and runs go', show_default='settings.ini [study] results')]
+Rows = Annotated[
+    list[str], typer.Option(help='some rows of the table: --rows beit maskfeat', show_default='all')
+]
+Protocols = Annotated[
+    list[str],
+    typer.Option(
+        help='how rows are measured: --protocols linear finetune', show_default='the probes of the table'
+    ),
+]
+Folder = Annotated[
+    Path | None,
+    typer.Option('--results', help='where records and runs go', show_default='settings.ini [study] results'),
+]
 
 # %% ../../nbs/cli/50_commands.ipynb #fa363e5c
 def listing(
-    what:str,    # one of `LISTS`
-)->list[str]:
+    what: str,  # one of `LISTS`
+) -> list[str]:
     "The lines of `mimstudy list`: a name and what it is."
     from mimstudy.papers.tables import TABLES
-    if what == 'tables': return [f'{t.name:24} {t.title} ({t.source}), {len(t.rows)} rows' for t in TABLES.values()]
-    def rows(t): return [t.name, *(f'  {f"{t.name}/{r.name}":38} {r.label}' for r in t.rows)]
-    if what == 'rows': return [line for t in TABLES.values() for line in rows(t)]
+
+    if what == 'tables':
+        return [f'{t.name:24} {t.title} ({t.source}), {len(t.rows)} rows' for t in TABLES.values()]
+
+    def rows(t):
+        return [t.name, *(f'  {f"{t.name}/{r.name}":38} {r.label}' for r in t.rows)]
+
+    if what == 'rows':
+        return [line for t in TABLES.values() for line in rows(t)]
     if what == 'methods':
         from mimstudy.methods.catalogue import METHODS
+
         return [f'{name:24} {method.__doc__}' for name, method in METHODS.items()]
     if what == 'data':
         from mimstudy.engine.datasets import DATASETS, known_datasets
-        return [f'{name:24} {DATASETS[name].note if name in DATASETS else "lies in the data folder"}' for name in known_datasets()]
+
+        return [
+            f'{name:24} {DATASETS[name].note if name in DATASETS else "lies in the data folder"}'
+            for name in known_datasets()
+        ]
     from mimstudy.report.tables import CLAIMS
+
     return [f'{name:24} {claim}' for name, claim in CLAIMS.items()]
 
 # %% ../../nbs/cli/50_commands.ipynb #ba7cb87e
 LISTS = 'tables', 'rows', 'methods', 'data', 'scales'
 
+
 @app.command('list')
 def list_names(
-    what:Annotated[str, typer.Argument(help=', '.join(LISTS))]='tables',
+    what: Annotated[str, typer.Argument(help=', '.join(LISTS))] = 'tables',
 ):
     "Show the names that the other commands understand."
-    for line in listing(check_name(what, LISTS, 'list')): typer.echo(line)
+    for line in listing(check_name(what, LISTS, 'list')):
+        typer.echo(line)
 
 # %% ../../nbs/cli/50_commands.ipynb #dac6d495
 def near(
-    path:Path,
-)->str:         # relative to the working folder
+    path: Path,
+) -> str:  # relative to the working folder
     "A path as one would type it here."
     return os.path.relpath(path)
 
+
 def summary(
-    steps:Sequence,   # `runner.Step`s
-)->str:               # '4 done, 1 resumable, 1 missing'
+    steps: Sequence,  # `runner.Step`s
+) -> str:  # '4 done, 1 resumable, 1 missing'
     "How many steps are done, resumable and missing."
     found = [s.status for s in steps]
-    return ', '.join(f'{found.count(kind)} {kind}' for kind in ('done', 'trained', 'resumable', 'missing') if kind in found)
+    return ', '.join(
+        f'{found.count(kind)} {kind}' for kind in ('done', 'trained', 'resumable', 'missing') if kind in found
+    )
 
 # %% ../../nbs/cli/50_commands.ipynb #09065026
 def remake(
-    results,         # the store
-)->list[Path]:       # the files that were written
+    results,  # the store
+) -> list[Path]:  # the files that were written
     "Write the pages of all tables, and the figures of which encoders are here; beside another store's tables, not in the checkout."
     from mimstudy.core.settings import settings
     from mimstudy.study.row import write_figures
     from mimstudy.report.pages import write_tables
-    figures = settings().figures if results.root.resolve() == settings().results else results.root/'figures'
+
+    figures = settings().figures if results.root.resolve() == settings().results else results.root / 'figures'
     return write_tables(results) + write_figures(results, figures)
 
+
 def is_finished(
-    experiment,      # any experiment of the table that was run
-    results,         # the store
-)->str:              # the table, and where things lie
+    experiment,  # any experiment of the table that was run
+    results,  # the store
+) -> str:  # the table, and where things lie
     "Render the table of an experiment, write all pages, and say where they are."
     from mimstudy.report.tables import render
     from mimstudy.papers.tables import TABLES
+
     e, made, at = experiment, remake(results), f'{experiment.scale}-{experiment.data}'
     ours = {f'{e.table}-{at}.md': 'table', f'{e.table}-{at}.png': 'scores'}
-    if e.table == 'semanticmim-t1': ours[f'semanticmim-fig7-{at}.png'] = 'attention'
+    if e.table == 'semanticmim-t1':
+        ours[f'semanticmim-fig7-{at}.png'] = 'attention'
     places = [(ours[file.name], file) for file in made if file.name in ours]
-    places += [('records', results.root/'scores'), ('notebooks', results.root/'runs')]
-    return '\n'.join([render(TABLES[e.table], results, e.scale, e.data), '', *(f'{what:10} {near(place)}' for what, place in places)])
+    places += [('records', results.root / 'scores'), ('notebooks', results.root / 'runs')]
+    return '\n'.join(
+        [
+            render(TABLES[e.table], results, e.scale, e.data),
+            '',
+            *(f'{what:10} {near(place)}' for what, place in places),
+        ]
+    )
 
 # %% ../../nbs/cli/50_commands.ipynb #70eabd49
 @app.command(cls=Spreading)
 def run(
-    table:Annotated[str, typer.Argument(help='a table: mimstudy list tables')],
-    rows:Rows=(), scale:Scale='laptop', data:Data='', seeds:Seeds=(0,), protocols:Protocols=(), results:Folder=None,
-    jobs:Annotated[int, typer.Option(min=1, help='rows at a time, each in a process of its own')]=1,
-    dry_run:Annotated[bool, typer.Option('--dry-run', help='show what would be done')]=False,
+    table: Annotated[str, typer.Argument(help='a table: mimstudy list tables')],
+    rows: Rows = (),
+    scale: Scale = 'laptop',
+    data: Data = '',
+    seeds: Seeds = (0,),
+    protocols: Protocols = (),
+    results: Folder = None,
+    jobs: Annotated[int, typer.Option(min=1, help='rows at a time, each in a process of its own')] = 1,
+    dry_run: Annotated[bool, typer.Option('--dry-run', help='show what would be done')] = False,
 ):
     "Carry out the rows of a table that are not done, and render it."
     from mimstudy.study import scheduler as runner
     from mimstudy.study.records import RecordStore
+
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        raise StudyError('mimstudy run starts a process for each row itself; for a training on several GPUs launch one that calls engine.train')
+        raise StudyError(
+            'mimstudy run starts a process for each row itself; for a training on several GPUs launch one that calls engine.train'
+        )
     store = RecordStore(results)
     steps = runner.plan(table, rows, scale, data, seeds, store, protocols)
-    if not steps: raise StudyError(f'no row of those can be measured by {", ".join(protocols)}: pixels have no encoder to train further')
+    if not steps:
+        raise StudyError(
+            f'no row of those can be measured by {", ".join(protocols)}: pixels have no encoder to train further'
+        )
     typer.echo(f'{table} at {scale} scale on {steps[0].experiment.data}: {summary(steps)}', err=True)
     if dry_run:
-        for s in steps: typer.echo(f'{s.status:10} {s.experiment.name} seed {s.experiment.seed}')
+        for s in steps:
+            typer.echo(f'{s.status:10} {s.experiment.name} seed {s.experiment.seed}')
         return
-    if current_thread() is main_thread(): signal.signal(signal.SIGTERM, signal.default_int_handler)   # a batch system's word acts as Ctrl-C
+    if current_thread() is main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's word acts as Ctrl-C
     failures = runner.run(steps, store, jobs)
-    if len(failures) < len(steps): typer.echo(is_finished(steps[0].experiment, store))
-    if not failures: return
+    if len(failures) < len(steps):
+        typer.echo(is_finished(steps[0].experiment, store))
+    if not failures:
+        return
     typer.echo(f'{len(failures)} of {len(steps)} rows failed; the same command tries them again', err=True)
     raise typer.Exit(1)
 
 # %% ../../nbs/cli/50_commands.ipynb #bdc97584
 @app.command('status', cls=Spreading)
 def show_status(
-    table:Annotated[str, typer.Argument(help='a table; all by default')]='',
-    scale:Scale='laptop', data:Data='', seeds:Seeds=(0,), protocols:Protocols=(), results:Folder=None,
+    table: Annotated[str, typer.Argument(help='a table; all by default')] = '',
+    scale: Scale = 'laptop',
+    data: Data = '',
+    seeds: Seeds = (0,),
+    protocols: Protocols = (),
+    results: Folder = None,
 ):
     "Show what is done, what is resumable and how far it is, and what is missing."
     from mimstudy.study import scheduler as runner
     from mimstudy.study.records import RecordStore
     from mimstudy.papers.tables import TABLES
+
     store = RecordStore(results)
     for name in [table] if table else TABLES:
         steps = runner.plan(name, (), scale, data, seeds, store, protocols)
         typer.echo(f'{name} at {scale} scale on {steps[0].experiment.data}: {summary(steps)}')
         for e, status in steps:
-            typer.echo(f'  {runner.title(e):32} {status}{": " + runner.far(e, store) if status == "resumable" else ""}')
+            typer.echo(
+                f'  {runner.title(e):32} {status}{": " + runner.far(e, store) if status == "resumable" else ""}'
+            )
 
 # %% ../../nbs/cli/50_commands.ipynb #ee0d8dd3
 @app.command()
 def report(
-    results:Folder=None,
+    results: Folder = None,
 ):
     "Make tables, figures and the README's results again from the records."
     from mimstudy.core.settings import settings
     from mimstudy.study.processes import CHECKOUT
     from mimstudy.report.pages import write_readme
     from mimstudy.study.records import RecordStore
+
     store = RecordStore(results)
-    made, readme = remake(store), CHECKOUT/'README.md'
-    if store.root.resolve() == settings().results and readme.is_file(): made += [write_readme(store, readme)]
-    for file in made: typer.echo(near(file))
-    if not made: typer.echo(f'there are no records below {near(store.root)}; make some with mimstudy run')
+    made, readme = remake(store), CHECKOUT / 'README.md'
+    if store.root.resolve() == settings().results and readme.is_file():
+        made += [write_readme(store, readme)]
+    for file in made:
+        typer.echo(near(file))
+    if not made:
+        typer.echo(f'there are no records below {near(store.root)}; make some with mimstudy run')
 
 # %% ../../nbs/cli/50_commands.ipynb #1041ae62
 @app.command('bench', cls=Spreading)
 def show_bench(
-    encoder:Annotated[str, typer.Option(help='a timm vision transformer')]='vit_small_patch16_224',
-    batch:Annotated[int, typer.Option(min=1, help='images a step')]=8,
-    methods:Annotated[list[str], typer.Option(help='some methods: --methods beit conmim', show_default='all')]=(),
-    steps:Annotated[int, typer.Option(min=1, help='timed steps of each kind')]=10, results:Folder=None,
+    encoder: Annotated[str, typer.Option(help='a timm vision transformer')] = 'vit_small_patch16_224',
+    batch: Annotated[int, typer.Option(min=1, help='images a step')] = 8,
+    methods: Annotated[
+        list[str], typer.Option(help='some methods: --methods beit conmim', show_default='all')
+    ] = (),
+    steps: Annotated[int, typer.Option(min=1, help='timed steps of each kind')] = 10,
+    results: Folder = None,
 ):
     "Measure what each method's training step costs beside a bare encoder's."
     from mimstudy.study.bench import bench, save_bench
     from mimstudy.study.records import RecordStore
+
     table = bench(encoder, batch, list(methods), steps, heard=typer.echo)
     typer.echo(table.round(2).to_string())
     typer.echo(near(save_bench(table, RecordStore(results), encoder, batch)))
@@ -221,26 +320,52 @@ def show_bench(
 # %% ../../nbs/cli/50_commands.ipynb #c964630b
 @app.command('export')
 def export(
-    checkpoint:Annotated[Path, typer.Argument(help="a run's folder under results/runs, or its encoder.safetensors")],
-    folder:Annotated[Path, typer.Argument(help='the folder to make')],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="a run's folder under results/runs, or its encoder.safetensors")
+    ],
+    folder: Annotated[Path, typer.Argument(help='the folder to make')],
 ):
     "Write a trained encoder for timm: model.safetensors and config.json."
     from mimstudy.study.exchange import export_encoder
+
     typer.echo(near(export_encoder(checkpoint, folder)))
     typer.echo(f"timm.create_model('local-dir:{folder}', pretrained=True) opens it")
 
+
 @app.command('import')
 def import_file(
-    file:Annotated[Path, typer.Argument(help='a checkpoint of ConMIM, SemanticMIM, BEiT, MAE, MoCo v3, DINO, iBOT or any timm vision transformer')],
-    part:Annotated[str, typer.Option(help='which network of a checkpoint that holds two: teacher or student')]='teacher',
-    heads:Annotated[int, typer.Option(min=0, help='attention heads, where the weights do not tell', show_default='read or guessed')]=0,
-    to:Annotated[Path|None, typer.Option(help='write the encoder for timm into this folder')]=None,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help='a checkpoint of ConMIM, SemanticMIM, BEiT, MAE, MoCo v3, DINO, iBOT or any timm vision transformer'
+        ),
+    ],
+    part: Annotated[
+        str, typer.Option(help='which network of a checkpoint that holds two: teacher or student')
+    ] = 'teacher',
+    heads: Annotated[
+        int,
+        typer.Option(
+            min=0, help='attention heads, where the weights do not tell', show_default='read or guessed'
+        ),
+    ] = 0,
+    to: Annotated[Path | None, typer.Option(help='write the encoder for timm into this folder')] = None,
 ):
     "Open a checkpoint from elsewhere; show what matched, what was left out and why."
     from mimstudy.study.exchange import import_encoder, write_timm
+
     found = import_encoder(file, part, heads)
-    shape = ', '.join(f'{k} {v}' for k, v in found.encoder.config.items() if k in ('size', 'patch', 'width', 'depth', 'heads', 'prefix'))
+    shape = ', '.join(
+        f'{k} {v}'
+        for k, v in found.encoder.config.items()
+        if k in ('size', 'patch', 'width', 'depth', 'heads', 'prefix')
+    )
     typer.echo(f'{len(found.matched)} tensors matched: {shape}')
-    if found.guessed: typer.echo('the number of heads is a guess, 64 channels each; give it with --heads if the network had another')
-    for name, why in found.left_out.items(): typer.echo(f'left out  {name}: {why}')
-    if to: typer.echo(near(write_timm(found.encoder, to, dict(source=file.name))))
+    if found.guessed:
+        typer.echo(
+            'the number of heads is a guess, 64 channels each; give it with --heads if the network had another'
+        )
+    for name, why in found.left_out.items():
+        typer.echo(f'left out  {name}: {why}')
+    if to:
+        typer.echo(near(write_timm(found.encoder, to, dict(source=file.name))))

@@ -12,17 +12,20 @@ from collections.abc import Iterable
 # %% ../../nbs/core/00_errors.ipynb #4fb963e4
 class StudyError(Exception):
     "Something the user can put right; its text is one line that names it and says what would be right."
-    def _render_traceback_(self): return [f'{type(self).__name__}: {self}']
+
+    def _render_traceback_(self):
+        return [f'{type(self).__name__}: {self}']
 
 # %% ../../nbs/core/00_errors.ipynb #3c4d6223
 def check_name(
-    name:str,             # what was asked for
-    options:Iterable[str],# the names that exist
-    what:str,             # the kind of thing, for the message: 'method', 'table' …
-)->str:                   # `name`, when it exists
+    name: str,  # what was asked for
+    options: Iterable[str],  # the names that exist
+    what: str,  # the kind of thing, for the message: 'method', 'table' …
+) -> str:  # `name`, when it exists
     "Return `name` if it is one of `options`; otherwise raise a `StudyError` that names the near ones."
     options = list(options)
-    if name in options: return name
-    near = get_close_matches(str(name), options, n=3, cutoff=.4)
+    if name in options:
+        return name
+    near = get_close_matches(str(name), options, n=3, cutoff=0.4)
     hint = f'did you mean {", ".join(near)}?' if near else f'there are: {", ".join(sorted(options))}'
     raise StudyError(f'unknown {what} "{name}"; {hint}')

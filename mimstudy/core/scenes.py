@@ -16,67 +16,106 @@ from torch.nn.functional import interpolate
 # %% ../../nbs/core/30_scenes.ipynb #3b6628b9
 class Scenes(NamedTuple):
     "A batch of images with everything there is to know about them; O object slots a image."
-    images: Tensor   # uint8 (n,3,S,S)
-    label: Tensor      # long (n,): class of the object with the largest visible part, an index into `CLASSES`
-    maps: Tensor       # uint8 (n,S,S): what each pixel shows, an index into `REGIONS`
-    boxes: Tensor      # float (n,O,4): x0, y0, x1, y1 of the visible part in pixels, upper end exclusive; -1 where there is no object
+
+    images: Tensor  # uint8 (n,3,S,S)
+    label: Tensor  # long (n,): class of the object with the largest visible part, an index into `CLASSES`
+    maps: Tensor  # uint8 (n,S,S): what each pixel shows, an index into `REGIONS`
+    boxes: Tensor  # float (n,O,4): x0, y0, x1, y1 of the visible part in pixels, upper end exclusive; -1 where there is no object
     instances: Tensor  # bool (n,O,S,S): the visible part of each object, exact
-    kinds: Tensor      # long (n,O): class of each object, -1 where there is none or nothing of it is seen
+    kinds: Tensor  # long (n,O): class of each object, -1 where there is none or nothing of it is seen
 
 # %% ../../nbs/core/30_scenes.ipynb #277e8099
 CHUNK, SLOTS = 64, 3  # images that share a generator; objects that a image can hold
 
-def _generator(seed, chunk): return torch.Generator().manual_seed((seed*65_536 + chunk)*2_654_435_761 % 2**32)
 
-def _between(low, high, shape, g): return low + (high - low)*torch.rand(shape, generator=g)
+def _generator(seed, chunk):
+    return torch.Generator().manual_seed((seed * 65_536 + chunk) * 2_654_435_761 % 2**32)
+
+
+def _between(low, high, shape, g):
+    return low + (high - low) * torch.rand(shape, generator=g)
 
 # %% ../../nbs/core/30_scenes.ipynb #a8d73353
 def _noise(m, rows, cols, size, g):
     "Smooth noise (m,size,size) about 0 … 1, with `rows` x `cols` blobs."
     return interpolate(torch.rand(m, 1, rows, cols, generator=g), (size, size), mode='bicubic')[:, 0]
 
+
 def _rough(m, cells, size, g):
     "Three octaves of noise: blobs, smaller blobs on them, and smaller ones again."
-    return sum(weight*_noise(m, cells*fine, cells*fine, size, g) for weight, fine in ((.5, 1), (.3, 2), (.2, 4)))
+    return sum(
+        weight * _noise(m, cells * fine, cells * fine, size, g)
+        for weight, fine in ((0.5, 1), (0.3, 2), (0.2, 4))
+    )
 
 # %% ../../nbs/core/30_scenes.ipynb #5f3d20b3
-def _wave(x): return .5 + .5*torch.sin(x)
-def _step(x, sharp=6.): return (.5 + sharp*x).clamp(0, 1)
-def _each(m, low, high, g): return _between(low, high, (m, 1, 1), g)
+def _wave(x):
+    return 0.5 + 0.5 * torch.sin(x)
 
-def _sky(x, y, m, g): return .75*(1 - y) + 3.2*(_rough(m, 3, len(x), g) - .52).clamp(min=0)
-def _grass(x, y, m, g): return .75*_noise(m, 10, 40, len(x), g) + .25*_noise(m, 4, 4, len(x), g)
+
+def _step(x, sharp=6.0):
+    return (0.5 + sharp * x).clamp(0, 1)
+
+
+def _each(m, low, high, g):
+    return _between(low, high, (m, 1, 1), g)
+
+
+def _sky(x, y, m, g):
+    return 0.75 * (1 - y) + 3.2 * (_rough(m, 3, len(x), g) - 0.52).clamp(min=0)
+
+
+def _grass(x, y, m, g):
+    return 0.75 * _noise(m, 10, 40, len(x), g) + 0.25 * _noise(m, 4, 4, len(x), g)
+
+
 def _sand(x, y, m, g):
-    ripples = _wave(_each(m, 25, 45, g)*(y + .25*_noise(m, 3, 3, len(x), g)))
-    return .5*ripples + .5*_noise(m, 48, 48, len(x), g)
-def _water(x, y, m, g): return _wave(_each(m, 30, 50, g)*y + 9*_noise(m, 8, 3, len(x), g))**2
+    ripples = _wave(_each(m, 25, 45, g) * (y + 0.25 * _noise(m, 3, 3, len(x), g)))
+    return 0.5 * ripples + 0.5 * _noise(m, 48, 48, len(x), g)
+
+
+def _water(x, y, m, g):
+    return _wave(_each(m, 30, 50, g) * y + 9 * _noise(m, 8, 3, len(x), g)) ** 2
 
 # %% ../../nbs/core/30_scenes.ipynb #98f5aa59
 def _brick(x, y, m, g):
     rows = _each(m, 6, 10, g)
-    across, down = x*rows/2 + .5*((y*rows).floor() % 2), y*rows
-    joint = torch.minimum(.5 - (across % 1 - .5).abs(), .25 - .5*(down % 1 - .5).abs())
-    return _step(2*joint - .14, 8)*(.75 + .25*_noise(m, 9, 9, len(x), g))
+    across, down = x * rows / 2 + 0.5 * ((y * rows).floor() % 2), y * rows
+    joint = torch.minimum(0.5 - (across % 1 - 0.5).abs(), 0.25 - 0.5 * (down % 1 - 0.5).abs())
+    return _step(2 * joint - 0.14, 8) * (0.75 + 0.25 * _noise(m, 9, 9, len(x), g))
+
+
 def _wood(x, y, m, g):
-    rings = _wave(_each(m, 14, 30, g)*(x + .5*_noise(m, 3, 4, len(x), g)))
-    return .65*rings + .35*_noise(m, 6, 40, len(x), g)
-def _stone(x, y, m, g): return 1 - .9*(1 - 6*(_rough(m, 5, len(x), g) - .5).abs()).clamp(0, 1)**2
+    rings = _wave(_each(m, 14, 30, g) * (x + 0.5 * _noise(m, 3, 4, len(x), g)))
+    return 0.65 * rings + 0.35 * _noise(m, 6, 40, len(x), g)
+
+
+def _stone(x, y, m, g):
+    return 1 - 0.9 * (1 - 6 * (_rough(m, 5, len(x), g) - 0.5).abs()).clamp(0, 1) ** 2
+
+
 def _cloth(x, y, m, g):
     threads = _each(m, 24, 40, g)
-    across, down = torch.sin(threads*x), torch.sin(threads*y)
-    return .5 + .25*(across + down + across*down)
+    across, down = torch.sin(threads * x), torch.sin(threads * y)
+    return 0.5 + 0.25 * (across + down + across * down)
 
 # %% ../../nbs/core/30_scenes.ipynb #c28c680c
 _GROUNDS = dict(  # name -> function, dark and light colour
-    sky=(_sky, (.35, .6, .9), (.95, .97, 1.)),         grass=(_grass, (.1, .3, .08), (.5, .72, .25)),
-    sand=(_sand, (.72, .58, .36), (.93, .84, .62)),    water=(_water, (.06, .25, .42), (.45, .72, .78)),
-    brick=(_brick, (.8, .77, .72), (.62, .25, .18)),   wood=(_wood, (.36, .2, .1), (.72, .48, .27)),
-    stone=(_stone, (.25, .25, .27), (.62, .61, .6)),   cloth=(_cloth, (.35, .2, .42), (.8, .68, .78)))
+    sky=(_sky, (0.35, 0.6, 0.9), (0.95, 0.97, 1.0)),
+    grass=(_grass, (0.1, 0.3, 0.08), (0.5, 0.72, 0.25)),
+    sand=(_sand, (0.72, 0.58, 0.36), (0.93, 0.84, 0.62)),
+    water=(_water, (0.06, 0.25, 0.42), (0.45, 0.72, 0.78)),
+    brick=(_brick, (0.8, 0.77, 0.72), (0.62, 0.25, 0.18)),
+    wood=(_wood, (0.36, 0.2, 0.1), (0.72, 0.48, 0.27)),
+    stone=(_stone, (0.25, 0.25, 0.27), (0.62, 0.61, 0.6)),
+    cloth=(_cloth, (0.35, 0.2, 0.42), (0.8, 0.68, 0.78)),
+)
 BACKGROUNDS = tuple(_GROUNDS)
+
 
 def _grid(size):
     "The coordinates x and y (size,size) of the pixels' centres, 0 … 1."
-    line = (torch.arange(size) + .5)/size
+    line = (torch.arange(size) + 0.5) / size
     return line.expand(size, size), line[:, None].expand(size, size)
 
 # %% ../../nbs/core/30_scenes.ipynb #9d47b757
@@ -84,110 +123,173 @@ def _grounds(size, g):
     "Images (CHUNK,3,S,S), 0 … 1, of two grounds each, and their exact maps (CHUNK,S,S)."
     x, y = _grid(size)
     pair = torch.rand(CHUNK, len(_GROUNDS), generator=g).argsort(1)[:, :2]
-    field = torch.empty(2*CHUNK, size, size)
+    field = torch.empty(2 * CHUNK, size, size)
     for k, (ground, *_) in enumerate(_GROUNDS.values()):
         rows = (pair.flatten() == k).nonzero()[:, 0]
         field[rows] = ground(x, y, len(rows), g)
     palette = torch.tensor([colours for _, *colours in _GROUNDS.values()])[pair]
-    palette = palette + _between(-.08, .08, palette.shape, g) + _between(-.08, .08, (CHUNK, 2, 1, 1), g)
+    palette = palette + _between(-0.08, 0.08, palette.shape, g) + _between(-0.08, 0.08, (CHUNK, 2, 1, 1), g)
     dark, light = palette[..., None, None].unbind(2)
     painted = torch.lerp(dark, light, field.view(CHUNK, 2, 1, size, size))
-    below = y - _each(CHUNK, .3, .7, g) - _each(CHUNK, -.5, .5, g)*(x - .5)
-    below = below - _each(CHUNK, 0, .06, g)*torch.sin(_each(CHUNK, 6, 18, g)*x + _each(CHUNK, 0, 2*pi, g))
+    below = y - _each(CHUNK, 0.3, 0.7, g) - _each(CHUNK, -0.5, 0.5, g) * (x - 0.5)
+    below = below - _each(CHUNK, 0, 0.06, g) * torch.sin(
+        _each(CHUNK, 6, 18, g) * x + _each(CHUNK, 0, 2 * pi, g)
+    )
     upper, lower = pair[..., None, None].unbind(1)
-    return torch.lerp(painted[:, 0], painted[:, 1], (.5 + size*below)[:, None].clamp(0, 1)), torch.where(below > 0, lower, upper)
+    return torch.lerp(painted[:, 0], painted[:, 1], (0.5 + size * below)[:, None].clamp(0, 1)), torch.where(
+        below > 0, lower, upper
+    )
 
 # %% ../../nbs/core/30_scenes.ipynb #65e784ce
-def _radius(u, v): return (u*u + v*v).sqrt()
-def _within(u, v, width, height): return torch.maximum(u.abs() - width, v.abs() - height)
+def _radius(u, v):
+    return (u * u + v * v).sqrt()
 
-def _ball(u, v, p): return _radius(u, v) - 1, _step(torch.sin(5.5*u + p), 2)
-def _box(u, v, p): return _within(u, v, .9, .9), _step(torch.sin(5.2*u)*torch.sin(5.2*v))
-def _tent(u, v, p): return torch.maximum(v - .5, .866*u.abs() - .5*v - .5), _step(u.abs() - .28*(v + 1))
-def _ring(u, v, p): return (_radius(u, v) - .75).abs() - .25, _step(torch.sin(6*torch.atan2(u, v) + p), 2)
-def _cross(u, v, p): return torch.minimum(_within(u, v, .33, 1), _within(u, v, 1, .33)), _step(_within(u, v, .33, .33))
-def _moon(u, v, p): return torch.maximum(_radius(u, v) - 1, .75 - _radius(u - .5, v)), .5 + .5*v
+
+def _within(u, v, width, height):
+    return torch.maximum(u.abs() - width, v.abs() - height)
+
+
+def _ball(u, v, p):
+    return _radius(u, v) - 1, _step(torch.sin(5.5 * u + p), 2)
+
+
+def _box(u, v, p):
+    return _within(u, v, 0.9, 0.9), _step(torch.sin(5.2 * u) * torch.sin(5.2 * v))
+
+
+def _tent(u, v, p):
+    return torch.maximum(v - 0.5, 0.866 * u.abs() - 0.5 * v - 0.5), _step(u.abs() - 0.28 * (v + 1))
+
+
+def _ring(u, v, p):
+    return (_radius(u, v) - 0.75).abs() - 0.25, _step(torch.sin(6 * torch.atan2(u, v) + p), 2)
+
+
+def _cross(u, v, p):
+    return torch.minimum(_within(u, v, 0.33, 1), _within(u, v, 1, 0.33)), _step(_within(u, v, 0.33, 0.33))
+
+
+def _moon(u, v, p):
+    return torch.maximum(_radius(u, v) - 1, 0.75 - _radius(u - 0.5, v)), 0.5 + 0.5 * v
 
 # %% ../../nbs/core/30_scenes.ipynb #3234c57c
 def _star(u, v, p):
-    r, angle = _radius(u, v), pi/5 - (torch.atan2(u, -v) % (2*pi/5) - pi/5).abs()
-    return .384*(r*angle.cos() - 1) + .923*r*angle.sin(), 1.2*r
+    r, angle = _radius(u, v), pi / 5 - (torch.atan2(u, -v) % (2 * pi / 5) - pi / 5).abs()
+    return 0.384 * (r * angle.cos() - 1) + 0.923 * r * angle.sin(), 1.2 * r
+
+
 def _heart(u, v, p):
-    u_, w = u.abs(), -v - .05
-    shape = torch.minimum((u_ + w.abs())*.707 - .6, _radius(u_ - .424, w - .424) - .6)
-    return shape, _step(torch.sin(6.5*u)*torch.sin(6.5*v + p) - .55, 5)
+    u_, w = u.abs(), -v - 0.05
+    shape = torch.minimum((u_ + w.abs()) * 0.707 - 0.6, _radius(u_ - 0.424, w - 0.424) - 0.6)
+    return shape, _step(torch.sin(6.5 * u) * torch.sin(6.5 * v + p) - 0.55, 5)
+
+
 def _flower(u, v, p):
     r = _radius(u, v)
-    return r - .72 - .26*torch.cos(5*torch.atan2(u, v)), _step(.32 - r)
+    return r - 0.72 - 0.26 * torch.cos(5 * torch.atan2(u, v)), _step(0.32 - r)
 
 # %% ../../nbs/core/30_scenes.ipynb #fe88b6f4
 def _tree(u, v, p):
-    leaves = .5*_step(torch.sin(9*u + p)*torch.sin(9*v), 2)
-    return torch.minimum(_radius(u, v + .35) - .65, _within(u, v - .6, .15, .4)), torch.where(v < .3, leaves, 1)
+    leaves = 0.5 * _step(torch.sin(9 * u + p) * torch.sin(9 * v), 2)
+    return torch.minimum(_radius(u, v + 0.35) - 0.65, _within(u, v - 0.6, 0.15, 0.4)), torch.where(
+        v < 0.3, leaves, 1
+    )
+
+
 def _house(u, v, p):
-    roof = torch.maximum(v + .1, .687*u.abs() - .727*(v + 1))
-    door, windows = _within(u, v - .65, .17, .32), _within(u.abs() - .42, v - .3, .12, .14)
-    return torch.minimum(_within(u, v - .4, .68, .55), roof), _step(-torch.minimum(roof, torch.minimum(door, windows)), 12)
+    roof = torch.maximum(v + 0.1, 0.687 * u.abs() - 0.727 * (v + 1))
+    door, windows = _within(u, v - 0.65, 0.17, 0.32), _within(u.abs() - 0.42, v - 0.3, 0.12, 0.14)
+    return torch.minimum(_within(u, v - 0.4, 0.68, 0.55), roof), _step(
+        -torch.minimum(roof, torch.minimum(door, windows)), 12
+    )
+
+
 def _fish(u, v, p):
-    u = u - .2
-    body, tail = torch.maximum(_radius(u, v - .5), _radius(u, v + .5)) - 1, torch.maximum(-1.25 - u, .78*v.abs() + .624*(u + .65))
-    stripes = torch.where(u < .35, .8*_step(torch.sin(9*u + 2*v.abs()), 2), 0)
-    return torch.minimum(body, tail), torch.where(_radius(u - .5, v + .1) < .13, 1, stripes)
+    u = u - 0.2
+    body, tail = (
+        torch.maximum(_radius(u, v - 0.5), _radius(u, v + 0.5)) - 1,
+        torch.maximum(-1.25 - u, 0.78 * v.abs() + 0.624 * (u + 0.65)),
+    )
+    stripes = torch.where(u < 0.35, 0.8 * _step(torch.sin(9 * u + 2 * v.abs()), 2), 0)
+    return torch.minimum(body, tail), torch.where(_radius(u - 0.5, v + 0.1) < 0.13, 1, stripes)
 
 # %% ../../nbs/core/30_scenes.ipynb #cdd03adc
-_OBJECTS = dict(ball=_ball, box=_box, tent=_tent, star=_star, ring=_ring, cross=_cross, heart=_heart, moon=_moon,
-                flower=_flower, tree=_tree, house=_house, fish=_fish)
+_OBJECTS = dict(
+    ball=_ball,
+    box=_box,
+    tent=_tent,
+    star=_star,
+    ring=_ring,
+    cross=_cross,
+    heart=_heart,
+    moon=_moon,
+    flower=_flower,
+    tree=_tree,
+    house=_house,
+    fish=_fish,
+)
 OBJECTS = tuple(_OBJECTS)
-CLASSES = OBJECTS                   # what `label` and `kinds` count
-REGIONS = BACKGROUNDS + OBJECTS     # what `maps` counts
+CLASSES = OBJECTS  # what `label` and `kinds` count
+REGIONS = BACKGROUNDS + OBJECTS  # what `maps` counts
+
 
 def _area(shape, side=256):
     "The area that a shape covers in its own coordinates."
-    u, v = (4*t - 2 for t in _grid(side))
-    return 16*(shape(u, v, torch.zeros(1))[0] < 0).float().mean()
+    u, v = (4 * t - 2 for t in _grid(side))
+    return 16 * (shape(u, v, torch.zeros(1))[0] < 0).float().mean()
+
 
 _UNIT = torch.stack([_area(shape) for shape in _OBJECTS.values()]).rsqrt()
 
 # %% ../../nbs/core/30_scenes.ipynb #c3fe5d34
 def _weave(k, x, y, phase):
     "The stripes of kind k over the whole image, 0 … 1: direction by k mod 6, wide for the first six kinds and narrow for the others."
-    angle, pitch = pi*(k % 6)/6, 5. if k < 6 else 8.5
-    return _step(torch.sin(2*pi*pitch*(cos(angle)*x + sin(angle)*y) + phase), 2)
+    angle, pitch = pi * (k % 6) / 6, 5.0 if k < 6 else 8.5
+    return _step(torch.sin(2 * pi * pitch * (cos(angle) * x + sin(angle) * y) + phase), 2)
 
 # %% ../../nbs/core/30_scenes.ipynb #51cc526a
 def _colour(hue, strength, value):
     "Red, green and blue (…,3) from hue, saturation and value, all 0 … 1 (the hue goes round)."
-    k = (6*hue[..., None] + torch.tensor([5., 3., 1.])) % 6
-    return value[..., None]*(1 - strength[..., None]*torch.minimum(k, 4 - k).clamp(0, 1))
+    k = (6 * hue[..., None] + torch.tensor([5.0, 3.0, 1.0])) % 6
+    return value[..., None] * (1 - strength[..., None] * torch.minimum(k, 4 - k).clamp(0, 1))
+
 
 def _layout(chunk, g):
     "Class (-1: none), radius, turn, phase (CHUNK,O), place (CHUNK,O,2) and two colours (CHUNK,O,3), in the order of painting."
     shape = CHUNK, SLOTS
-    kind, radius, place = torch.randint(len(OBJECTS), shape, generator=g), _between(.18, .3, shape, g), _between(.12, .88, (*shape, 2), g)
-    kind = torch.where(_between(0, 1, shape, g) < .6, kind, -1)
-    kind[:, 0] = (chunk*CHUNK + torch.arange(CHUNK)) % len(OBJECTS)
-    radius[:, 0], place[:, 0] = _between(.42, .63, (CHUNK,), g), _between(.37, .63, (CHUNK, 2), g)
-    turn, phase = _between(-.4, .4, shape, g), _between(0, 2*pi, shape, g)
-    hue, value = _between(0, 1, shape, g), _between(.25, 1, shape, g)
-    one = _colour(hue, _between(.3, 1, shape, g), value)
-    two = _colour(hue + _between(.2, .8, shape, g), _between(.2, .9, shape, g), .2 + .8*((value + .45) % 1))
+    kind, radius, place = (
+        torch.randint(len(OBJECTS), shape, generator=g),
+        _between(0.18, 0.3, shape, g),
+        _between(0.12, 0.88, (*shape, 2), g),
+    )
+    kind = torch.where(_between(0, 1, shape, g) < 0.6, kind, -1)
+    kind[:, 0] = (chunk * CHUNK + torch.arange(CHUNK)) % len(OBJECTS)
+    radius[:, 0], place[:, 0] = _between(0.42, 0.63, (CHUNK,), g), _between(0.37, 0.63, (CHUNK, 2), g)
+    turn, phase = _between(-0.4, 0.4, shape, g), _between(0, 2 * pi, shape, g)
+    hue, value = _between(0, 1, shape, g), _between(0.25, 1, shape, g)
+    one = _colour(hue, _between(0.3, 1, shape, g), value)
+    two = _colour(
+        hue + _between(0.2, 0.8, shape, g), _between(0.2, 0.9, shape, g), 0.2 + 0.8 * ((value + 0.45) % 1)
+    )
     order = torch.rand(shape, generator=g).argsort(1)
-    return [part[torch.arange(CHUNK)[:, None], order] for part in (kind, radius, turn, phase, place, one, two)]
+    return [
+        part[torch.arange(CHUNK)[:, None], order] for part in (kind, radius, turn, phase, place, one, two)
+    ]
 
 # %% ../../nbs/core/30_scenes.ipynb #2866f01f
 def _shapes(kind, radius, turn, phase, place, size):
     "Signed distances in pixels (far where there is no object) and textures, each (CHUNK,O,S,S)."
     (x, y), shape = _grid(size), (*kind.shape, size, size)
     kind, radius, turn, phase, place = (t.flatten(0, 1) for t in (kind, radius, turn, phase, place))
-    radius = radius*_UNIT[kind]
-    cos, sin = turn.cos()/radius, turn.sin()/radius
-    distance, texture = torch.full((len(kind), size, size), 9.), torch.zeros(len(kind), size, size)
+    radius = radius * _UNIT[kind]
+    cos, sin = turn.cos() / radius, turn.sin() / radius
+    distance, texture = torch.full((len(kind), size, size), 9.0), torch.zeros(len(kind), size, size)
     for k, form in enumerate(_OBJECTS.values()):
         rows = (kind == k).nonzero()[:, 0]
         right, down = (t - place[rows, i, None, None] for i, t in enumerate((x, y)))
         c, s, p, r = (t[rows, None, None] for t in (cos, sin, phase, radius))
-        d, own = form(c*right + s*down, c*down - s*right, p)
-        distance[rows], texture[rows] = d*r*size, .3*own + .7*_weave(k, x, y, p)
+        d, own = form(c * right + s * down, c * down - s * right, p)
+        distance[rows], texture[rows] = d * r * size, 0.3 * own + 0.7 * _weave(k, x, y, p)
     return distance.view(shape), texture.view(shape)
 
 # %% ../../nbs/core/30_scenes.ipynb #c01dece8
@@ -197,35 +299,47 @@ def _chunk(chunk, size, seed):
     kind, *geometry, one, two = _layout(chunk, g)
     image, maps = _grounds(size, g)
     distance, texture = _shapes(kind, *geometry, size)
-    solid, rim = distance < 0, .55 + .45*(-distance - size/64).clamp(0, 1)
+    solid, rim = distance < 0, 0.55 + 0.45 * (-distance - size / 64).clamp(0, 1)
     instances = solid.clone()
     for o in range(SLOTS):
-        painted = torch.lerp(one[:, o, :, None, None], two[:, o, :, None, None], texture[:, o, None])*rim[:, o, None]
-        image = torch.lerp(image, painted, (.5 - distance[:, o, None]).clamp(0, 1))
+        painted = (
+            torch.lerp(one[:, o, :, None, None], two[:, o, :, None, None], texture[:, o, None])
+            * rim[:, o, None]
+        )
+        image = torch.lerp(image, painted, (0.5 - distance[:, o, None]).clamp(0, 1))
         maps = torch.where(solid[:, o], kind[:, o, None, None] + len(BACKGROUNDS), maps)
         instances[:, :o] &= ~solid[:, o, None]
-    light = _each(CHUNK, .85, 1.2, g) + _each(CHUNK, -.25, .25, g)*(_grid(size)[0] - .5)
-    image = image*light[:, None] + .06*(torch.rand(CHUNK, 1, size, size, generator=g) - .5)
+    light = _each(CHUNK, 0.85, 1.2, g) + _each(CHUNK, -0.25, 0.25, g) * (_grid(size)[0] - 0.5)
+    image = image * light[:, None] + 0.06 * (torch.rand(CHUNK, 1, size, size, generator=g) - 0.5)
     seen = instances.sum((2, 3))
     kind = torch.where(seen > 0, kind, -1)
-    return Scenes((255*image.clamp(0, 1)).round().to(torch.uint8), kind.gather(1, seen.argmax(1, keepdim=True))[:, 0],
-                  maps.to(torch.uint8), _boxes(instances), instances, kind)
+    return Scenes(
+        (255 * image.clamp(0, 1)).round().to(torch.uint8),
+        kind.gather(1, seen.argmax(1, keepdim=True))[:, 0],
+        maps.to(torch.uint8),
+        _boxes(instances),
+        instances,
+        kind,
+    )
 
 # %% ../../nbs/core/30_scenes.ipynb #478ae7ab
 def _boxes(instances):
     "The boxes (n,O,4) around masks (n,O,S,S); -1 around empty ones."
-    def ends(line): return line.int().argmax(-1), line.shape[-1] - line.flip(-1).int().argmax(-1)
+
+    def ends(line):
+        return line.int().argmax(-1), line.shape[-1] - line.flip(-1).int().argmax(-1)
+
     (x0, x1), (y0, y1) = ends(instances.any(2)), ends(instances.any(3))
     return torch.where(instances.any((2, 3)), torch.stack([x0, y0, x1, y1]).float(), -1).movedim(0, -1)
 
 # %% ../../nbs/core/30_scenes.ipynb #5f915ca8
 def scenes(
-    n:int,         # how many images
-    size:int=64,   # side S in pixels; the layout does not depend on it
-    seed:int=0,    # another seed is another world: use one for training and one for testing
-    start:int=0,   # number of the first image
-)->Scenes:
+    n: int,  # how many images
+    size: int = 64,  # side S in pixels; the layout does not depend on it
+    seed: int = 0,  # another seed is another world: use one for training and one for testing
+    start: int = 0,  # number of the first image
+) -> Scenes:
     "Images `start` … `start + n` of the world `seed`; each depends on its own number only."
-    first = start//CHUNK
-    chunks = [_chunk(c, size, seed) for c in range(first, -(-(start + n)//CHUNK))]
-    return Scenes(*(torch.cat(part)[start - first*CHUNK:][:n] for part in zip(*chunks)))
+    first = start // CHUNK
+    chunks = [_chunk(c, size, seed) for c in range(first, -(-(start + n) // CHUNK))]
+    return Scenes(*(torch.cat(part)[start - first * CHUNK :][:n] for part in zip(*chunks)))

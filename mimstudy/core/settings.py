@@ -17,89 +17,129 @@ import torch
 from .errors import StudyError, check_name
 
 # %% ../../nbs/core/20_settings.ipynb #34a42f95
-def settings_file()->Path:
+def settings_file() -> Path:
     "The `settings.ini` in force: the variable `MIMSTUDY_SETTINGS`, the nearest one above the working folder, or the checkout's own."
     if named := os.environ.get('MIMSTUDY_SETTINGS'):
-        if not Path(named).is_file(): raise StudyError(f'MIMSTUDY_SETTINGS names {named}, which is no file')
+        if not Path(named).is_file():
+            raise StudyError(f'MIMSTUDY_SETTINGS names {named}, which is no file')
         return Path(named).resolve()
     here = Path.cwd().resolve()
     for folder in (here, *here.parents, Path(find_spec('mimstudy').origin).resolve().parents[1]):
-        if (folder/'settings.ini').is_file() and (folder/'nbs').is_dir(): return folder/'settings.ini'
-    return here/'settings.ini'
+        if (folder / 'settings.ini').is_file() and (folder / 'nbs').is_dir():
+            return folder / 'settings.ini'
+    return here / 'settings.ini'
 
 # %% ../../nbs/core/20_settings.ipynb #30d7b8ff
 DEVICES, PRECISIONS = ('auto', 'cpu', 'cuda', 'mps'), ('auto', 'no', 'bf16', 'fp16')
 
+
 @dataclass(frozen=True)
 class Settings:
     "The values of `settings.ini`, with the environment's overrides applied."
-    results: Path                 # records, tables and runs
-    figures: Path                 # figures that pages show
-    device: str = 'auto'          # one of `DEVICES`
-    precision: str = 'auto'       # one of `PRECISIONS`
-    workers: int = 2              # decoding processes for large sets
-    data: Path = Path('data')     # one folder holding datasets by name
+
+    results: Path  # records, tables and runs
+    figures: Path  # figures that pages show
+    device: str = 'auto'  # one of `DEVICES`
+    precision: str = 'auto'  # one of `PRECISIONS`
+    workers: int = 2  # decoding processes for large sets
+    data: Path = Path('data')  # one folder holding datasets by name
     roots: dict = field(default_factory=dict)  # dataset name -> folder or archive
 
 # %% ../../nbs/core/20_settings.ipynb #1ee8107b
 def settings(
-    file:Path|str|None=None,  # a settings file; `settings_file()` by default
-)->Settings:
+    file: Path | str | None = None,  # a settings file; `settings_file()` by default
+) -> Settings:
     "Read the settings; a missing file means defaults, a wrong value is a `StudyError` that names the key."
     file = Path(file) if file else settings_file()
     ini = ConfigParser(interpolation=None)
-    try: ini.read(file, 'utf-8')
-    except (ConfigError, UnicodeDecodeError) as e: raise StudyError(f'{file} cannot be read: {str(e).splitlines()[0]}') from None
-    for section in ini.sections(): check_name(section, ('study', 'data'), f'section of {file.name}')
+    try:
+        ini.read(file, 'utf-8')
+    except (ConfigError, UnicodeDecodeError) as e:
+        raise StudyError(f'{file} cannot be read: {str(e).splitlines()[0]}') from None
+    for section in ini.sections():
+        check_name(section, ('study', 'data'), f'section of {file.name}')
     keys = [f.name for f in fields(Settings) if f.name != 'roots']
-    for key in ini['study'] if ini.has_section('study') else (): check_name(key, keys, f'key of {file.name} [study]')
-    def origin(key): return name if os.environ.get(name := f'MIMSTUDY_{key.upper()}') else f'{file.name} [study] {key}'
-    def value(key, default): return os.environ.get(f'MIMSTUDY_{key.upper()}') or ini.get('study', key, fallback=default)
-    def path(key): return (file.parent/Path(value(key, key)).expanduser()).resolve()
-    def pick(key, options): return check_name(value(key, 'auto'), options, f'value of {origin(key)}')
-    if not (workers := value('workers', '2')).isdecimal(): raise StudyError(f'{origin("workers")} must be a whole number, 0 or more, not "{workers}"')
-    return Settings(results=path('results'), figures=path('figures'), data=path('data'), workers=int(workers),
-        device=pick('device', DEVICES), precision=pick('precision', PRECISIONS), roots=_roots(ini, file.parent))
+    for key in ini['study'] if ini.has_section('study') else ():
+        check_name(key, keys, f'key of {file.name} [study]')
+
+    def origin(key):
+        return name if os.environ.get(name := f'MIMSTUDY_{key.upper()}') else f'{file.name} [study] {key}'
+
+    def value(key, default):
+        return os.environ.get(f'MIMSTUDY_{key.upper()}') or ini.get('study', key, fallback=default)
+
+    def path(key):
+        return (file.parent / Path(value(key, key)).expanduser()).resolve()
+
+    def pick(key, options):
+        return check_name(value(key, 'auto'), options, f'value of {origin(key)}')
+
+    if not (workers := value('workers', '2')).isdecimal():
+        raise StudyError(f'{origin("workers")} must be a whole number, 0 or more, not "{workers}"')
+    return Settings(
+        results=path('results'),
+        figures=path('figures'),
+        data=path('data'),
+        workers=int(workers),
+        device=pick('device', DEVICES),
+        precision=pick('precision', PRECISIONS),
+        roots=_roots(ini, file.parent),
+    )
 
 # %% ../../nbs/core/20_settings.ipynb #591d94b9
 def _roots(ini, folder):
     "Dataset name -> path, from the section [data] and the variables MIMSTUDY_DATA_NAME."
     found = {k: v for k, v in ini.items('data')} if ini.has_section('data') else {}
-    found |= {k.removeprefix('MIMSTUDY_DATA_').lower().replace('_', '-'): v for k, v in os.environ.items() if k.startswith('MIMSTUDY_DATA_')}
-    return {k: (folder/Path(v).expanduser()).resolve() for k, v in found.items()}
+    found |= {
+        k.removeprefix('MIMSTUDY_DATA_').lower().replace('_', '-'): v
+        for k, v in os.environ.items()
+        if k.startswith('MIMSTUDY_DATA_')
+    }
+    return {k: (folder / Path(v).expanduser()).resolve() for k, v in found.items()}
 
 # %% ../../nbs/core/20_settings.ipynb #ad58c531
-def dataset_variable(name:str)->str:
+def dataset_variable(name: str) -> str:
     "The environment variable that says where a dataset lies."
     return f'MIMSTUDY_DATA_{name.upper().replace("-", "_")}'
 
+
 def dataset_path(
-    name:str,                     # the dataset's name
-    known:Settings|None=None,     # settings in force; read afresh by default
-)->Path:                          # a folder or an archive
+    name: str,  # the dataset's name
+    known: Settings | None = None,  # settings in force; read afresh by default
+) -> Path:  # a folder or an archive
     "Where the dataset `name` lies; a `StudyError` names the key and the variable if it lies nowhere."
     known = known or settings()
-    places = [known.roots[name]] if name in known.roots else [known.data/name, known.data/f'{name}.tar.xz']
+    places = (
+        [known.roots[name]] if name in known.roots else [known.data / name, known.data / f'{name}.tar.xz']
+    )
     for place in places:
-        if place.is_dir() and (inside := place/f'{name}.tar.xz').is_file(): return inside
-        if place.exists(): return place
-    raise StudyError(f'the dataset "{name}" is not at {places[0]}; put its folder under settings.ini [data] {name}, '
-                     f'or in the variable {dataset_variable(name)}')
+        if place.is_dir() and (inside := place / f'{name}.tar.xz').is_file():
+            return inside
+        if place.exists():
+            return place
+    raise StudyError(
+        f'the dataset "{name}" is not at {places[0]}; put its folder under settings.ini [data] {name}, '
+        f'or in the variable {dataset_variable(name)}'
+    )
 
 # %% ../../nbs/core/20_settings.ipynb #bc692a51
 def resolve_device(
-    asked:str='auto',  # one of `DEVICES`
-)->torch.device:
+    asked: str = 'auto',  # one of `DEVICES`
+) -> torch.device:
     "The device to compute on; a `StudyError` if the one asked for is not there."
     there = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
-    if asked == 'auto': asked = next(d for d in ('cuda', 'mps', 'cpu') if there[d])
-    if not there[check_name(asked, there, 'device')]: raise StudyError(f'the device "{asked}" is not on this machine; set [study] device to auto or cpu')
+    if asked == 'auto':
+        asked = next(d for d in ('cuda', 'mps', 'cpu') if there[d])
+    if not there[check_name(asked, there, 'device')]:
+        raise StudyError(f'the device "{asked}" is not on this machine; set [study] device to auto or cpu')
     return torch.device(asked)
 
+
 def resolve_precision(
-    asked:str,             # one of `PRECISIONS`
-    device:torch.device,   # where it will run
-)->str:                    # 'no', 'bf16' or 'fp16'
+    asked: str,  # one of `PRECISIONS`
+    device: torch.device,  # where it will run
+) -> str:  # 'no', 'bf16' or 'fp16'
     "The mixed precision to train in: `auto` is bf16 on CUDA and none elsewhere."
-    if asked != 'auto': return asked
+    if asked != 'auto':
+        return asked
     return 'bf16' if device.type == 'cuda' else 'no'

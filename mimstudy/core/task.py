@@ -12,29 +12,34 @@ from torch import Tensor, nn
 # %% ../../nbs/core/10_task.ipynb #7fff7fc9
 class Batch(NamedTuple):
     "What one training step is fed."
-    views: list[Tensor]         # tensors (B,3,S,S), normalised; `views[0]` is what the student sees
-    mask: Any = None            # a `parts.masks.Mask`, or None where nothing is hidden
-    label: Tensor|None = None   # class ids (B,), label maps (B,S,S) or whatever the task is taught
+
+    views: list[Tensor]  # tensors (B,3,S,S), normalised; `views[0]` is what the student sees
+    mask: Any = None  # a `parts.masks.Mask`, or None where nothing is hidden
+    label: Tensor | None = None  # class ids (B,), label maps (B,S,S) or whatever the task is taught
 
 # %% ../../nbs/core/10_task.ipynb #0eb5c4ef
 class Task(nn.Module):
     "Anything the loop can train: an interface, with nothing implemented but two empty hooks."
-    sync_batch_norm = False   # whether batch norms take their statistics over all processes, on CUDA
-    separate_crops = False          # whether it compares crops of their own, and not views of one crop
 
-    def forward(self,
-        batch:Batch,       # one step's input
-        progress:float,    # how far the training is, 0 … 1
-    )->dict[str, Tensor]:  # {'loss': scalar, **scalars to log}
+    sync_batch_norm = False  # whether batch norms take their statistics over all processes, on CUDA
+    separate_crops = False  # whether it compares crops of their own, and not views of one crop
+
+    def forward(
+        self,
+        batch: Batch,  # one step's input
+        progress: float,  # how far the training is, 0 … 1
+    ) -> dict[str, Tensor]:  # {'loss': scalar, **scalars to log}
         "The loss of one batch."
         raise TypeError(f'{type(self).__name__} must say what its loss is: define forward(batch, progress)')
 
-    def after_step(self,
-        progress:float,    # how far the training is, 0 … 1
-    )->None:
+    def after_step(
+        self,
+        progress: float,  # how far the training is, 0 … 1
+    ) -> None:
         "What happens once per optimiser step, after it; nothing unless a task says so."
 
-    def before_step(self,
-        progress:float,    # how far the training is, 0 … 1
-    )->None:
+    def before_step(
+        self,
+        progress: float,  # how far the training is, 0 … 1
+    ) -> None:
         "What happens once per optimiser step, between the clipping of gradients and the update; nothing unless a task says so."

@@ -30,59 +30,85 @@ from ..core.errors import StudyError, check_name
 from ..core.scenes import CLASSES, scenes
 from ..core.settings import dataset_path, dataset_variable, settings
 from .files import write_atomic
-from .image_folder import SPLITS, Crop, FolderDataset, check_classes, decode_image, fit, is_image_file, list_images, pick_split
+from mimstudy.engine.image_folder import (
+    SPLITS,
+    Crop,
+    FolderDataset,
+    check_classes,
+    decode_image,
+    fit,
+    is_image_file,
+    list_images,
+    pick_split,
+)
 
 # %% ../../nbs/engine/30_datasets.ipynb #304be083
 class ImageDataset(Protocol):
     "What the loop and the protocols need to know of a set."
-    labels: Tensor        # (n,) class ids
-    classes: list[str]    # their names
-    side: int             # S in pixels
-    broken: int           # files that could not be decoded so far
-    crop: Crop|None       # random crops that the batches have been given already, if any
-    def __len__(self)->int: ...
-    def batches(self, orders:Iterable[Tensor], workers:int|None=None)->Iterator[tuple]: ...   # uint8 (B,3,S,S), ids (B,)
+
+    labels: Tensor  # (n,) class ids
+    classes: list[str]  # their names
+    side: int  # S in pixels
+    broken: int  # files that could not be decoded so far
+    crop: Crop | None  # random crops that the batches have been given already, if any
+
+    def __len__(self) -> int: ...
+    def batches(
+        self, orders: Iterable[Tensor], workers: int | None = None
+    ) -> Iterator[tuple]: ...  # uint8 (B,3,S,S), ids (B,)
 
 # %% ../../nbs/engine/30_datasets.ipynb #ad957bc7
 class InMemoryDataset:
     "Images held as bytes, in main memory or on the device."
+
     crop = None
-    def __init__(self,
-        images:Tensor,      # uint8 (n,3,S,S)
-        labels:Tensor,        # (n,) class ids
-        classes:list[str],    # their names
-        broken:int=0,         # files that were left out because they could not be decoded
-    ): self.images, self.labels, self.classes, self.broken = images, labels, list(classes), broken
 
-    def __len__(self): return len(self.labels)
+    def __init__(
+        self,
+        images: Tensor,  # uint8 (n,3,S,S)
+        labels: Tensor,  # (n,) class ids
+        classes: list[str],  # their names
+        broken: int = 0,  # files that were left out because they could not be decoded
+    ):
+        self.images, self.labels, self.classes, self.broken = images, labels, list(classes), broken
+
+    def __len__(self):
+        return len(self.labels)
+
     @property
-    def side(self): return self.images.shape[-1]
+    def side(self):
+        return self.images.shape[-1]
 
-    def to(self, device): return InMemoryDataset(self.images.to(device), self.labels.to(device), self.classes, self.broken)
+    def to(self, device):
+        return InMemoryDataset(self.images.to(device), self.labels.to(device), self.classes, self.broken)
 
-    def batches(self,
-        orders:Iterable[Tensor],   # one tensor of image numbers (B,) a batch
-        workers:int|None=None,     # nothing is decoded here, so nobody works
-    )->Iterator[tuple]:            # uint8 (B,3,S,S) and class ids (B,)
+    def batches(
+        self,
+        orders: Iterable[Tensor],  # one tensor of image numbers (B,) a batch
+        workers: int | None = None,  # nothing is decoded here, so nobody works
+    ) -> Iterator[tuple]:  # uint8 (B,3,S,S) and class ids (B,)
         "The batches in the order asked for."
         for ids in orders:
             ids = ids.to(self.labels.device)
             yield self.images[ids], self.labels[ids]
 
-    def subset(self,
-        per_class:int,    # images kept of each class, or all where there are fewer
-        seed:int=0,       # which ones
-    )->'InMemoryDataset':
+    def subset(
+        self,
+        per_class: int,  # images kept of each class, or all where there are fewer
+        seed: int = 0,  # which ones
+    ) -> 'InMemoryDataset':
         "A random part of the set with as many of each class."
-        mixed = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).to(self.labels.device)
+        mixed = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).to(
+            self.labels.device
+        )
         keep = mixed[first_of_each(self.labels[mixed], per_class)].sort().values
         return InMemoryDataset(self.images[keep], self.labels[keep], self.classes, self.broken)
 
 # %% ../../nbs/engine/30_datasets.ipynb #2320504c
 def first_of_each(
-    labels:Tensor,       # (n,) class ids
-    per_class:int|None,  # how many of each; None takes all
-)->Tensor:               # image numbers, ascending
+    labels: Tensor,  # (n,) class ids
+    per_class: int | None,  # how many of each; None takes all
+) -> Tensor:  # image numbers, ascending
     "The numbers of the first `per_class` members of each class."
     order = labels.argsort(stable=True)
     counts = torch.bincount(labels)
@@ -93,62 +119,82 @@ def first_of_each(
 @dataclass(frozen=True)
 class DatasetInfo:
     "What is known of a set before it is opened."
-    kind: str       # 'scenes', 'local' (folder or archive) or 'torchvision' (downloaded where there is a network)
-    side: int       # of the original images, in pixels (the shorter one; None: they differ)
-    classes: int    # how many
-    note: str       # one line for people
+
+    kind: str  # 'scenes', 'local' (folder or archive) or 'torchvision' (downloaded where there is a network)
+    side: int  # of the original images, in pixels (the shorter one; None: they differ)
+    classes: int  # how many
+    note: str  # one line for people
 
 # %% ../../nbs/engine/30_datasets.ipynb #0ce06308
 DATASETS = {
-    'scenes':            DatasetInfo('scenes', 64, 12, 'procedural scenes, made when they are asked for: 4,096 train (more at gpu scale), 1,024 val'),
-    'cifar10-jpeg':      DatasetInfo('local', 32, 10, 'CIFAR-10 as JPEG files, 50,000 train, 10,000 test'),
+    'scenes': DatasetInfo(
+        'scenes',
+        64,
+        12,
+        'procedural scenes, made when they are asked for: 4,096 train (more at gpu scale), 1,024 val',
+    ),
+    'cifar10-jpeg': DatasetInfo('local', 32, 10, 'CIFAR-10 as JPEG files, 50,000 train, 10,000 test'),
     'tiny-imagenet-64c': DatasetInfo('local', 64, 64, '64 classes of Tiny ImageNet, 32,000 train, 3,200 val'),
-    'caltech101-72':     DatasetInfo('local', 72, 101, 'Caltech-101, 30 images a class to train on, 2,945 test'),
-    'imagenet':          DatasetInfo('local', None, 1000, 'ImageNet-1K as a folder SPLIT/CLASS/FILE, 1.28 million train, 50,000 val'),
-    'cifar10':           DatasetInfo('torchvision', 32, 10, 'CIFAR-10, 50,000 train, 10,000 test'),
-    'cifar100':          DatasetInfo('torchvision', 32, 100, 'CIFAR-100, 50,000 train, 10,000 test'),
-    'stl10':             DatasetInfo('torchvision', 96, 10, 'STL-10, 5,000 train, 8,000 test, 100,000 unlabeled'),
-    'imagenette':        DatasetInfo('torchvision', 160, 10, 'ten easy ImageNet classes, 9,469 train, 3,925 val')}
+    'caltech101-72': DatasetInfo('local', 72, 101, 'Caltech-101, 30 images a class to train on, 2,945 test'),
+    'imagenet': DatasetInfo(
+        'local', None, 1000, 'ImageNet-1K as a folder SPLIT/CLASS/FILE, 1.28 million train, 50,000 val'
+    ),
+    'cifar10': DatasetInfo('torchvision', 32, 10, 'CIFAR-10, 50,000 train, 10,000 test'),
+    'cifar100': DatasetInfo('torchvision', 32, 100, 'CIFAR-100, 50,000 train, 10,000 test'),
+    'stl10': DatasetInfo('torchvision', 96, 10, 'STL-10, 5,000 train, 8,000 test, 100,000 unlabeled'),
+    'imagenette': DatasetInfo('torchvision', 160, 10, 'ten easy ImageNet classes, 9,469 train, 3,925 val'),
+}
 
 # %% ../../nbs/engine/30_datasets.ipynb #83a343f1
 def gather_images(
-    images:Iterable,      # PIL images, None where one could not be decoded
-    names:list[str],      # their names, for the message
-    labels:Tensor,        # (n,) class ids
-    classes:list[str],    # their names
-    size:int,             # side S in pixels
-    strict:bool,          # whether a broken file is an error
-)->InMemoryDataset:
+    images: Iterable,  # PIL images, None where one could not be decoded
+    names: list[str],  # their names, for the message
+    labels: Tensor,  # (n,) class ids
+    classes: list[str],  # their names
+    size: int,  # side S in pixels
+    strict: bool,  # whether a broken file is an error
+) -> InMemoryDataset:
     "The images as one set in memory, at the side that was asked for."
     images = [None if image is None else fit(image, size) for image in images]
     broken = [name for name, image in zip(names, images) if image is None]
     report_broken(broken, len(names), strict)
     there = torch.tensor([image is not None for image in images])
-    if not there.any(): raise StudyError(f'{names[0]} and all {len(names)} images beside it cannot be decoded')
-    return InMemoryDataset(torch.stack([p for p in images if p is not None]), labels[there], classes, len(broken))
+    if not there.any():
+        raise StudyError(f'{names[0]} and all {len(names)} images beside it cannot be decoded')
+    return InMemoryDataset(
+        torch.stack([p for p in images if p is not None]), labels[there], classes, len(broken)
+    )
 
 # %% ../../nbs/engine/30_datasets.ipynb #883d99ed
 def report_broken(
-    broken:list[str],   # names of files that could not be decoded
-    n:int,              # of how many
-    strict:bool,        # whether one is an error
-)->None:
+    broken: list[str],  # names of files that could not be decoded
+    n: int,  # of how many
+    strict: bool,  # whether one is an error
+) -> None:
     "Nothing where nothing is broken; else one warning line, or a `StudyError`."
-    if broken and strict: raise StudyError(f'{broken[0]} cannot be decoded')
-    if broken: warnings.warn(f'{len(broken)} of {n} images cannot be decoded and are left out; the first is {broken[0]}', stacklevel=2)
+    if broken and strict:
+        raise StudyError(f'{broken[0]} cannot be decoded')
+    if broken:
+        warnings.warn(
+            f'{len(broken)} of {n} images cannot be decoded and are left out; the first is {broken[0]}',
+            stacklevel=2,
+        )
 
 # %% ../../nbs/engine/30_datasets.ipynb #e7fd2a6e
 def read_archive(
-    file:Path,             # a tar file, compressed or not
-    split:str,             # 'train', 'val' or the name of a folder
-    size:int,              # side S in pixels
-    per_class:int|None,    # the first so many of each class; None takes all
-    strict:bool,           # whether a broken image is an error
-)->InMemoryDataset:
+    file: Path,  # a tar file, compressed or not
+    split: str,  # 'train', 'val' or the name of a folder
+    size: int,  # side S in pixels
+    per_class: int | None,  # the first so many of each class; None takes all
+    strict: bool,  # whether a broken image is an error
+) -> InMemoryDataset:
     "One split of an archive, decoded; a `StudyError` if the archive, the split or a class is not what it should be."
-    try: found = _members(file, SPLITS.get(split, (split,)), per_class)
+    try:
+        found = _members(file, SPLITS.get(split, (split,)), per_class)
     except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as e:
-        raise StudyError(f'{file} cannot be read: {(str(e) or type(e).__name__).splitlines()[0].rstrip(":")}') from None
+        raise StudyError(
+            f'{file} cannot be read: {(str(e) or type(e).__name__).splitlines()[0].rstrip(":")}'
+        ) from None
     at, classes = pick_split(split, {at for at, _ in found}, file.name), sorted({kind for _, kind in found})
     groups = [found.get((at, kind), []) for kind in classes]
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(group) for group in groups]))
@@ -163,83 +209,108 @@ def _members(file, splits, per_class):
     with tarfile.open(file) as archive:
         for member in archive:
             *_, at, kind, name = ('', '', *member.name.split('/'))
-            if not (at and member.isfile() and is_image_file(name)): continue
+            if not (at and member.isfile() and is_image_file(name)):
+                continue
             members = found.setdefault((at, kind), [])
-            if at in splits and len(members) != per_class: members.append((member.name, archive.extractfile(member).read()))
+            if at in splits and len(members) != per_class:
+                members.append((member.name, archive.extractfile(member).read()))
     return found
 
 # %% ../../nbs/engine/30_datasets.ipynb #72ba0be3
 def cache_file(
-    source:Path,      # the archive
-    *asked,           # what was asked of it
-)->Path|None:
+    source: Path,  # the archive
+    *asked,  # what was asked of it
+) -> Path | None:
     "Where decoded images are kept, or None where nobody wants them kept."
     folder, stat = os.environ.get('MIMSTUDY_CACHE', '~/.cache/mimstudy'), source.stat()
-    key = sha256(json.dumps([source.name, stat.st_size, stat.st_mtime_ns, PILLOW, *asked]).encode()).hexdigest()[:16]
-    return Path(folder).expanduser()/f'{source.name.split(".")[0]}-{key}.safetensors' if folder else None
+    key = sha256(
+        json.dumps([source.name, stat.st_size, stat.st_mtime_ns, PILLOW, *asked]).encode()
+    ).hexdigest()[:16]
+    return Path(folder).expanduser() / f'{source.name.split(".")[0]}-{key}.safetensors' if folder else None
 
 # %% ../../nbs/engine/30_datasets.ipynb #58b08d2f
 def cached(
-    file:Path|None,    # from `cache_file`
-    make,              # () -> InMemoryDataset, when there is nothing to be had from the cache
-)->InMemoryDataset:
+    file: Path | None,  # from `cache_file`
+    make,  # () -> InMemoryDataset, when there is nothing to be had from the cache
+) -> InMemoryDataset:
     "The set from the cache, or made and put there."
     try:
         with safe_open(file, 'pt') as kept:
             about = {k: json.loads(v) for k, v in kept.metadata().items()}
-            return InMemoryDataset(kept.get_tensor('images'), kept.get_tensor('labels'), about['classes'], about['broken'])
-    except (OSError, SafetensorError, TypeError): made = make()
-    if not file: return made
+            return InMemoryDataset(
+                kept.get_tensor('images'), kept.get_tensor('labels'), about['classes'], about['broken']
+            )
+    except (OSError, SafetensorError, TypeError):
+        made = make()
+    if not file:
+        return made
     about = {'classes': json.dumps(made.classes), 'broken': json.dumps(made.broken)}
-    with suppress(StudyError):   # no room for it: the next run makes it again
-        write_atomic(file, lambda path: save_file({'images': made.images, 'labels': made.labels}, path, metadata=about))
+    with suppress(StudyError):  # no room for it: the next run makes it again
+        write_atomic(
+            file, lambda path: save_file({'images': made.images, 'labels': made.labels}, path, metadata=about)
+        )
     return made
 
 # %% ../../nbs/engine/30_datasets.ipynb #8d2ab6e1
-IN_MEMORY = 2**30   # bytes that a folder of images may take; larger ones are decoded by workers
+IN_MEMORY = 2**30  # bytes that a folder of images may take; larger ones are decoded by workers
+
 
 def read_folder(
-    root:Path,             # SPLIT/CLASS/FILE, SPLIT/FILE, or only files
-    split:str,             # 'train', 'val' or the name of a folder
-    size:int,              # side S in pixels
-    per_class:int|None,    # the first so many of each class; None takes all
-    strict:bool,           # whether a broken image is an error
-    crop:Crop|None=None,   # random crops, if the set is too large for memory
-)->ImageDataset:
+    root: Path,  # SPLIT/CLASS/FILE, SPLIT/FILE, or only files
+    split: str,  # 'train', 'val' or the name of a folder
+    size: int,  # side S in pixels
+    per_class: int | None,  # the first so many of each class; None takes all
+    strict: bool,  # whether a broken image is an error
+    crop: Crop | None = None,  # random crops, if the set is too large for memory
+) -> ImageDataset:
     "One split of an image folder: in memory if it fits, else behind workers."
     files, labels, classes = list_images(root, split, per_class)
-    if 3*size*size*len(files) > IN_MEMORY: return FolderDataset(files, labels, classes, size, strict, crop, settings().workers)
+    if 3 * size * size * len(files) > IN_MEMORY:
+        return FolderDataset(files, labels, classes, size, strict, crop, settings().workers)
     return gather_images(map(decode_image, files), files, labels, classes, size, strict)
 
 # %% ../../nbs/engine/30_datasets.ipynb #b37fcb82
 def download(
-    name:str,              # 'cifar10', 'cifar100', 'stl10' or 'imagenette'
-    split:str,             # 'train' or 'val'; STL-10 also has 'unlabeled'
-    size:int,              # side S in pixels
-    per_class:int|None,    # the first so many of each class; None takes all
-    strict:bool,           # whether a broken image is an error
-)->ImageDataset:
+    name: str,  # 'cifar10', 'cifar100', 'stl10' or 'imagenette'
+    split: str,  # 'train' or 'val'; STL-10 also has 'unlabeled'
+    size: int,  # side S in pixels
+    per_class: int | None,  # the first so many of each class; None takes all
+    strict: bool,  # whether a broken image is an error
+) -> ImageDataset:
     "A set of torchvision, fetched if it is not there; a `StudyError` if it cannot be."
     known = settings()
-    root = known.roots.get(name, known.data/name)
+    root = known.roots.get(name, known.data / name)
     new = not root.exists()
-    try: source = _fetch(name, root, split)
+    try:
+        source = _fetch(name, root, split)
     except (OSError, RuntimeError) as e:
         if new:
-            with suppress(OSError): root.rmdir()   # which torchvision made, and left empty
+            with suppress(OSError):
+                root.rmdir()  # which torchvision made, and left empty
         cause = (str(e) or type(e).__name__).splitlines()[0]
-        raise StudyError(f'the dataset "{name}" is not in {root} and cannot be downloaded ({cause}); put its folder under '
-                         f'settings.ini [data] {name}, or in the variable {dataset_variable(name)}') from None
-    if isinstance(source, Path): return read_folder(source, split, size, per_class, strict)
+        raise StudyError(
+            f'the dataset "{name}" is not in {root} and cannot be downloaded ({cause}); put its folder under '
+            f'settings.ini [data] {name}, or in the variable {dataset_variable(name)}'
+        ) from None
+    if isinstance(source, Path):
+        return read_folder(source, split, size, per_class, strict)
     images, ids, classes = source
     keep = first_of_each(ids, per_class)
-    return gather_images((Image.fromarray(images[i]) for i in keep.tolist()), [name]*len(keep), ids[keep], classes, size, strict)
+    return gather_images(
+        (Image.fromarray(images[i]) for i in keep.tolist()),
+        [name] * len(keep),
+        ids[keep],
+        classes,
+        size,
+        strict,
+    )
 
 # %% ../../nbs/engine/30_datasets.ipynb #00faf541
 def _fetch(name, root, split):
     "A folder SPLIT/CLASS/FILE, or bytes (n,S,S,3) with class ids and names."
-    folder = root/'imagenette2-160' if name == 'imagenette' else root
-    if (folder/'train').is_dir(): return folder
+    folder = root / 'imagenette2-160' if name == 'imagenette' else root
+    if (folder / 'train').is_dir():
+        return folder
     if name == 'imagenette':
         datasets.Imagenette(root, size='160px', download=True)
         return folder
@@ -252,42 +323,55 @@ def _fetch(name, root, split):
     return got.data, torch.as_tensor(got.targets), got.classes
 
 # %% ../../nbs/engine/30_datasets.ipynb #81c584c1
-SCENES = {'train': (4096, 0), 'val': (1024, 1)}   # split -> how many, seed of the world
+SCENES = {'train': (4096, 0), 'val': (1024, 1)}  # split -> how many, seed of the world
+
 
 def make_scenes(
-    split:str,             # 'train' or 'val'
-    size:int,              # side S in pixels
-    per_class:int|None,    # the first so many of each class; None takes all
-)->InMemoryDataset:
+    split: str,  # 'train' or 'val'
+    size: int,  # side S in pixels
+    per_class: int | None,  # the first so many of each class; None takes all
+) -> InMemoryDataset:
     "Procedural scenes as a set: training and validation are two worlds."
     (n, seed), K = SCENES[pick_split(split, SCENES, 'scenes')], len(CLASSES)
-    enough = K*((per_class or n) + 4)
-    made = scenes(enough if per_class and per_class > -(-n//K) else min(n, enough), size, seed)   # a larger world where more are asked for
+    enough = K * ((per_class or n) + 4)
+    made = scenes(
+        enough if per_class and per_class > -(-n // K) else min(n, enough), size, seed
+    )  # a larger world where more are asked for
     keep = first_of_each(made.label, per_class)
     return InMemoryDataset(made.images[keep], made.label[keep], CLASSES)
 
 # %% ../../nbs/engine/30_datasets.ipynb #4424ca24
-def known_datasets()->list[str]:
+def known_datasets() -> list[str]:
     "The names that can be asked for here: declared ones, those of the settings' [data], and what lies in the data folder."
     known = settings()
-    lying = [f.name.removesuffix('.tar.xz') for f in known.data.glob('*') if f.is_dir() or f.name.endswith('.tar.xz')]
+    lying = [
+        f.name.removesuffix('.tar.xz')
+        for f in known.data.glob('*')
+        if f.is_dir() or f.name.endswith('.tar.xz')
+    ]
     return [*DATASETS, *sorted({*known.roots, *lying} - {*DATASETS})]
 
+
 def load_dataset(
-    name:str,                  # of `DATASETS`, of the settings' [data], or a folder or archive in the data folder
-    split:str,                 # 'train', 'val', or the name of a folder
-    size:int,                  # side S in pixels
-    per_class:int|None=None,   # the first so many of each class; None takes all
-    strict:bool=False,         # True (for evaluation): a broken image is an error; False: it is left out and counted
-    crop:Crop|None=None,       # random crops of a training set that is too large for memory
-)->ImageDataset:
+    name: str,  # of `DATASETS`, of the settings' [data], or a folder or archive in the data folder
+    split: str,  # 'train', 'val', or the name of a folder
+    size: int,  # side S in pixels
+    per_class: int | None = None,  # the first so many of each class; None takes all
+    strict: bool = False,  # True (for evaluation): a broken image is an error; False: it is left out and counted
+    crop: Crop | None = None,  # random crops of a training set that is too large for memory
+) -> ImageDataset:
     "A set of images by its name; a `StudyError` names what is missing."
     known = settings()
     check_name(name, known_datasets(), 'dataset')
     kind = DATASETS[name].kind if name in DATASETS else 'local'
-    if kind == 'scenes': return make_scenes(split, size, per_class)
-    if kind == 'torchvision': return download(name, split, size, per_class, strict)
+    if kind == 'scenes':
+        return make_scenes(split, size, per_class)
+    if kind == 'torchvision':
+        return download(name, split, size, per_class, strict)
     root = dataset_path(name, known)
-    if root.is_dir(): return read_folder(root, split, size, per_class, strict, crop)
-    held = cached(cache_file(root, split, size, per_class), lambda: read_archive(root, split, size, per_class, strict))
+    if root.is_dir():
+        return read_folder(root, split, size, per_class, strict, crop)
+    held = cached(
+        cache_file(root, split, size, per_class), lambda: read_archive(root, split, size, per_class, strict)
+    )
     return read_archive(root, split, size, per_class, strict) if strict and held.broken else held

@@ -22,27 +22,32 @@ from ..core.errors import StudyError
 def _system_error(e):
     "The operating system's error behind an exception, or None if there is none."
     while e is not None:
-        if isinstance(e, OSError) and e.errno: return e
-        if isinstance(e, SafetensorError) and (number := re.search(r'os error (\d+)', str(e))): return OSError(int(number[1]), os.strerror(int(number[1])))
+        if isinstance(e, OSError) and e.errno:
+            return e
+        if isinstance(e, SafetensorError) and (number := re.search(r'os error (\d+)', str(e))):
+            return OSError(int(number[1]), os.strerror(int(number[1])))
         e = e.__cause__ or e.__context__
+
 
 @contextmanager
 def report_write_errors(
-    file:Path,      # what is being written, for the message
-    then:str='',    # what the user should know or do
-)->Iterator[None]:
+    file: Path,  # what is being written, for the message
+    then: str = '',  # what the user should know or do
+) -> Iterator[None]:
     "Turn a failure to write into a `StudyError` that names the file and the system's reason; other errors pass."
-    try: yield
+    try:
+        yield
     except (OSError, RuntimeError, SafetensorError) as e:
-        if (why := _system_error(e)) is None: raise
+        if (why := _system_error(e)) is None:
+            raise
         raise StudyError(f'{file} cannot be written: {why.strerror}{then and "; " + then}') from None
 
 # %% ../../nbs/engine/22_files.ipynb #8abd3dc0
 def write_atomic(
-    file:Path,                       # where it should be in the end; its folder is made if need be
-    write:Callable[[Path], object],  # writes the content to the path that it is given
-    then:str='',                     # what the user should know or do if it fails
-)->Path:                             # `file`
+    file: Path,  # where it should be in the end; its folder is made if need be
+    write: Callable[[Path], object],  # writes the content to the path that it is given
+    then: str = '',  # what the user should know or do if it fails
+) -> Path:  # `file`
     "Write a file so that it is never seen half-written; if writing fails, the old file is untouched and no remains are left."
     with report_write_errors(file, then):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -52,22 +57,28 @@ def write_atomic(
         try:
             write(part)
             part.chmod(0o644)
-            with open(part, 'rb+') as f: os.fsync(f.fileno())
+            with open(part, 'rb+') as f:
+                os.fsync(f.fileno())
             part.replace(file)
-        finally: part.unlink(missing_ok=True)
+        finally:
+            part.unlink(missing_ok=True)
     return file
 
 # %% ../../nbs/engine/22_files.ipynb #e0e81a6a
 @contextmanager
 def lock_folder(
-    folder:Path,   # made if it is not there
-)->Iterator[None]:
+    folder: Path,  # made if it is not there
+) -> Iterator[None]:
     "Hold the folder's lock; says so in one line if another process has it, and waits."
-    with report_write_errors(folder): folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder/'lock')
-    try: lock.acquire(timeout=0)
+    with report_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / 'lock')
+    try:
+        lock.acquire(timeout=0)
     except Timeout:
         print(f'{folder.name}: another run is at work here; waiting for it', flush=True)
         lock.acquire()
-    try: yield
-    finally: lock.release()
+    try:
+        yield
+    finally:
+        lock.release()

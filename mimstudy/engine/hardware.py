@@ -20,40 +20,49 @@ from ..core.task import Task
 
 # %% ../../nbs/engine/33_hardware.ipynb #f6bfa0e1
 def make_accelerator(
-    device:str='auto',      # 'auto', 'cpu', 'cuda' or 'mps'
-    precision:str='auto',   # 'auto', 'no', 'bf16' or 'fp16'
-    slices:int=1,           # parts that a step's batch is cut into, one after another
-    compile:bool=False,     # let torch.compile fuse the task
-)->Accelerator:
+    device: str = 'auto',  # 'auto', 'cpu', 'cuda' or 'mps'
+    precision: str = 'auto',  # 'auto', 'no', 'bf16' or 'fp16'
+    slices: int = 1,  # parts that a step's batch is cut into, one after another
+    compile: bool = False,  # let torch.compile fuse the task
+) -> Accelerator:
     "An accelerator for this machine and precision; a `StudyError` if the machine has no such device or precision."
     place = resolve_device(device)
     precision = resolve_precision(precision, place)
-    if precision == 'fp16' and place.type == 'cpu': raise StudyError('fp16 needs a GPU; on a CPU set the precision to bf16 or no')
-    if not torch.distributed.is_initialized(): AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=place.type == 'cpu', mixed_precision=precision, gradient_accumulation_steps=slices,
-                       dynamo_backend='inductor' if compile else 'no')
+    if precision == 'fp16' and place.type == 'cpu':
+        raise StudyError('fp16 needs a GPU; on a CPU set the precision to bf16 or no')
+    if not torch.distributed.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(
+        cpu=place.type == 'cpu',
+        mixed_precision=precision,
+        gradient_accumulation_steps=slices,
+        dynamo_backend='inductor' if compile else 'no',
+    )
 
 # %% ../../nbs/engine/33_hardware.ipynb #c42f430a
 def sync_batch_norms(
-    task:Task,
-    accelerator:Accelerator,   # knows the device and the other processes
-)->None:
+    task: Task,
+    accelerator: Accelerator,  # knows the device and the other processes
+) -> None:
     "Let the batch norms of a task that asks for it take their statistics over all processes, in place."
-    if task.sync_batch_norm and accelerator.num_processes > 1 and accelerator.device.type == 'cuda': nn.SyncBatchNorm.convert_sync_batchnorm(task)
+    if task.sync_batch_norm and accelerator.num_processes > 1 and accelerator.device.type == 'cuda':
+        nn.SyncBatchNorm.convert_sync_batchnorm(task)
 
 # %% ../../nbs/engine/33_hardware.ipynb #4a4234cb
 def seed_torch(
-    seed:int,
-    device:torch.device,  # where the layers are
-)->None:
+    seed: int,
+    device: torch.device,  # where the layers are
+) -> None:
     "Seed the generators that dropout and stochastic depth draw from, on the CPU and on the device."
     torch.default_generator.manual_seed(seed)
-    if device.type != 'cpu': getattr(torch, device.type).manual_seed(seed)
+    if device.type != 'cpu':
+        getattr(torch, device.type).manual_seed(seed)
 
 # %% ../../nbs/engine/33_hardware.ipynb #992f6a6c
 def peak_memory(
-    device:torch.device,  # where the training runs
-)->int:                   # bytes
+    device: torch.device,  # where the training runs
+) -> int:  # bytes
     "The most memory in use so far: PyTorch's on a CUDA device, the whole process's elsewhere."
-    if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)

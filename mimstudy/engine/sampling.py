@@ -15,37 +15,59 @@ from ..core.errors import StudyError
 
 # %% ../../nbs/engine/34_sampling.ipynb #5aa34c00
 def mix_seeds(
-    *parts,   # a word for the purpose, then numbers: ('make_batch', seed, step, rank)
-)->int:       # below 2**56
+    *parts,  # a word for the purpose, then numbers: ('make_batch', seed, step, rank)
+) -> int:  # below 2**56
     "A seed that depends on all `parts` and on their order."
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), 'big')
 
 # %% ../../nbs/engine/34_sampling.ipynb #441d6f69
 class BatchSampler(Sequence):
     "The indices of every batch slice from step `first` on, as a sequence that is computed when it is read."
-    def __init__(self,
-        images:int,     # how many there are
-        batch:int,        # images an optimiser step sees
-        epochs:int,
-        seed:int=0,
-        first:int=0,      # the step to begin with, counted from 0
-        slices:int=1,     # parts of a step that this process sees one after another
-        rank:int=0,       # this process …
-        world:int=1,      # … of so many
-    ):
-        if images < batch: raise StudyError(f'{images} images do not fill one batch of {batch}; take more images or a smaller batch')
-        if batch % (slices*world): raise StudyError(f'a batch of {batch} cannot be cut into {slices} slices on each of {world} processes')
-        self.images, self.batch, self.seed, self.first, self.slices, self.rank, self.world = images, batch, seed, first, slices, rank, world
-        self.per_epoch, self.epoch = images//batch, None
-        self.steps = epochs*self.per_epoch
 
-    def __len__(self): return max(0, self.steps - self.first)*self.slices
+    def __init__(
+        self,
+        images: int,  # how many there are
+        batch: int,  # images an optimiser step sees
+        epochs: int,
+        seed: int = 0,
+        first: int = 0,  # the step to begin with, counted from 0
+        slices: int = 1,  # parts of a step that this process sees one after another
+        rank: int = 0,  # this process …
+        world: int = 1,  # … of so many
+    ):
+        if images < batch:
+            raise StudyError(
+                f'{images} images do not fill one batch of {batch}; take more images or a smaller batch'
+            )
+        if batch % (slices * world):
+            raise StudyError(
+                f'a batch of {batch} cannot be cut into {slices} slices on each of {world} processes'
+            )
+        self.images, self.batch, self.seed, self.first, self.slices, self.rank, self.world = (
+            images,
+            batch,
+            seed,
+            first,
+            slices,
+            rank,
+            world,
+        )
+        self.per_epoch, self.epoch = images // batch, None
+        self.steps = epochs * self.per_epoch
+
+    def __len__(self):
+        return max(0, self.steps - self.first) * self.slices
 
     def __getitem__(self, i):
-        if not 0 <= i < len(self): raise IndexError(i)
-        step, part = self.first + i//self.slices, i % self.slices
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        step, part = self.first + i // self.slices, i % self.slices
         epoch, place = divmod(step, self.per_epoch)
         if epoch != self.epoch:
-            self.order = torch.randperm(self.images, generator=torch.Generator().manual_seed(mix_seeds('order', self.seed, epoch)))
+            self.order = torch.randperm(
+                self.images, generator=torch.Generator().manual_seed(mix_seeds('order', self.seed, epoch))
+            )
             self.epoch = epoch
-        return self.order[place*self.batch:][:self.batch].chunk(self.slices*self.world)[part*self.world + self.rank]
+        return self.order[place * self.batch :][: self.batch].chunk(self.slices * self.world)[
+            part * self.world + self.rank
+        ]

@@ -21,148 +21,232 @@ from torch import Tensor
 from ..core.errors import StudyError
 from ..core.scenes import REGIONS, scenes
 from ..core.settings import dataset_path, settings
-from .image_folder import SPLITS, FolderDataset, decode_image, decoding, is_image_file, pick_split
+from mimstudy.engine.image_folder import (
+    SPLITS,
+    FolderDataset,
+    decode_image,
+    decoding,
+    is_image_file,
+    pick_split,
+)
 from .datasets import IN_MEMORY, SCENES, InMemoryDataset, ImageDataset
 
 # %% ../../nbs/engine/32_segmentation_data.ipynb #18d4e3d1
-UNDECIDED = 255   # the label of pixels that belong to no class
+UNDECIDED = 255  # the label of pixels that belong to no class
 
 # %% ../../nbs/engine/32_segmentation_data.ipynb #a3dca150
 def read_map(
-    file:Path|str,   # one number a pixel; the colours of a palette do not matter
-    classes:int,     # K
-    shift:int=0,     # what the file's numbers are larger by than class ids; numbers below it are undecided
-)->Image.Image|None: # class ids 0 … K-1 and `UNDECIDED`; None if the file cannot be decoded to its last byte
+    file: Path | str,  # one number a pixel; the colours of a palette do not matter
+    classes: int,  # K
+    shift: int = 0,  # what the file's numbers are larger by than class ids; numbers below it are undecided
+) -> (
+    Image.Image | None
+):  # class ids 0 … K-1 and `UNDECIDED`; None if the file cannot be decoded to its last byte
     "The label map in a file; a `StudyError` names a number that is no class."
     try:
-        with Image.open(file) as image: values = np.array(image)
-    except Exception: return None   # as in `decode_image`
-    if values.ndim != 2: raise StudyError(f'{file} holds colours; a label map has one class number a pixel')
+        with Image.open(file) as image:
+            values = np.array(image)
+    except Exception:
+        return None  # as in `decode_image`
+    if values.ndim != 2:
+        raise StudyError(f'{file} holds colours; a label map has one class number a pixel')
     values = values.astype(np.int32)
     nobody = (values == UNDECIDED) | (values < shift)
     if (wrong := values[~nobody & (values >= classes + shift)]).size:
-        raise StudyError(f'{file} holds the number {wrong[0]}; its classes are {shift} to {classes - 1 + shift}, and {UNDECIDED} is undecided')
+        raise StudyError(
+            f'{file} holds the number {wrong[0]}; its classes are {shift} to {classes - 1 + shift}, and {UNDECIDED} is undecided'
+        )
     return Image.fromarray(np.where(nobody, UNDECIDED, values - shift).astype(np.uint8))
 
 # %% ../../nbs/engine/32_segmentation_data.ipynb #c4a665c7
 def read_pair(
-    image:Path|str,   # a file
-    labels:Path|str,    # the file of its map
-    size:int,           # side S in pixels
-    classes:int,        # K
-    shift:int=0,        # as in `read_map`
-)->tuple|str:           # uint8 (3,S,S) and (S,S), or what is wrong
+    image: Path | str,  # a file
+    labels: Path | str,  # the file of its map
+    size: int,  # side S in pixels
+    classes: int,  # K
+    shift: int = 0,  # as in `read_map`
+) -> tuple | str:  # uint8 (3,S,S) and (S,S), or what is wrong
     "A image and its map as bytes, or one line that says why there are none."
     image, ids = decode_image(image), read_map(labels, classes, shift)
-    if image is None or ids is None: return f'{image if image is None else labels} cannot be decoded'
-    if image.size != ids.size: return f'{image} has {image.width} x {image.height} pixels, but its map {ids.width} x {ids.height}'
-    image, ids = image.resize((size, size), Image.Resampling.BICUBIC), ids.resize((size, size), Image.Resampling.NEAREST)
+    if image is None or ids is None:
+        return f'{image if image is None else labels} cannot be decoded'
+    if image.size != ids.size:
+        return f'{image} has {image.width} x {image.height} pixels, but its map {ids.width} x {ids.height}'
+    image, ids = (
+        image.resize((size, size), Image.Resampling.BICUBIC),
+        ids.resize((size, size), Image.Resampling.NEAREST),
+    )
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), torch.from_numpy(np.array(ids))
 
 # %% ../../nbs/engine/32_segmentation_data.ipynb #7bed6815
 class MapFiles(NamedTuple):
     "The pairs of one split, not yet read."
-    images: list   # n paths
-    maps: list       # n paths
-    classes: list    # names of the K classes
-    shift: int       # what a map's numbers are larger by than class ids
+
+    images: list  # n paths
+    maps: list  # n paths
+    classes: list  # names of the K classes
+    shift: int  # what a map's numbers are larger by than class ids
 
 # %% ../../nbs/engine/32_segmentation_data.ipynb #b5cfa08f
-VOC_CLASSES = tuple(('background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person '
-                     'pottedplant sheep sofa train tvmonitor').split())
-_LINES = {'classes.txt': ('index name colour', r'(\d+)\s+(.+?)(?:\s+\d+[,\s]\s*\d+[,\s]\s*\d+)?'),   # file -> how to say it, how to read it
-          'objectInfo150.txt': ('index, numbers, name, with tabs', r'(\d+)\s+.*\t([^\t,;]+)[^\t]*')}   # the first of several synonyms
+VOC_CLASSES = tuple(
+    (
+        'background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person '
+        'pottedplant sheep sofa train tvmonitor'
+    ).split()
+)
+_LINES = {
+    'classes.txt': (
+        'index name colour',
+        r'(\d+)\s+(.+?)(?:\s+\d+[,\s]\s*\d+[,\s]\s*\d+)?',
+    ),  # file -> how to say it, how to read it
+    'objectInfo150.txt': ('index, numbers, name, with tabs', r'(\d+)\s+.*\t([^\t,;]+)[^\t]*'),
+}  # the first of several synonyms
+
 
 def read_classes(
-    file:Path,      # classes.txt or objectInfo150.txt
-    first:int,      # the number that the first class should have
-)->list[str]:
+    file: Path,  # classes.txt or objectInfo150.txt
+    first: int,  # the number that the first class should have
+) -> list[str]:
     "The names of the classes, in order; a `StudyError` if their numbers leave a gap."
     said, form = _LINES[file.name]
     lines = [line.strip() for line in file.read_text('utf-8', errors='replace').splitlines()]
-    found = [re.fullmatch(form, line) for line in lines if line[:1].isdigit()]   # a heading is none
+    found = [re.fullmatch(form, line) for line in lines if line[:1].isdigit()]  # a heading is none
     named = sorted((int(match[1]), match[2]) for match in found if match and int(match[1]) != UNDECIDED)
     if None in found or not named or [k for k, _ in named] != [*range(first, first + len(named))]:
-        raise StudyError(f'{file} should have lines "{said}", numbered from {first} without a gap, below {UNDECIDED}')
+        raise StudyError(
+            f'{file} should have lines "{said}", numbered from {first} without a gap, below {UNDECIDED}'
+        )
     return [name for _, name in named]
 
 # %% ../../nbs/engine/32_segmentation_data.ipynb #6061a788
-LAYOUTS = {'voc': ('JPEGImages', 'SegmentationClass'), 'ade': ('images', 'annotations')}   # layout -> where images and maps lie
+LAYOUTS = {
+    'voc': ('JPEGImages', 'SegmentationClass'),
+    'ade': ('images', 'annotations'),
+}  # layout -> where images and maps lie
+
 
 def find_layout(
-    root:Path,          # the set's folder, or one or two above it
-)->tuple[str, Path]:    # 'voc' or 'ade', and the folder that has the layout
+    root: Path,  # the set's folder, or one or two above it
+) -> tuple[str, Path]:  # 'voc' or 'ade', and the folder that has the layout
     "How a set is laid out, and where it begins."
     near = [root]
     for deeper in range(3):
-        if deeper: near = sorted(Path(f) for at in near for f in os.scandir(at) if f.is_dir())
-        found = [(kind, at) for at in near for kind, folders in LAYOUTS.items() if all((at/f).is_dir() for f in folders)]
-        if len(found) > 1: raise StudyError(f'{root} holds {len(found)} sets: {", ".join(at.name for _, at in found)}; name the folder of one')
-        if found: return found[0]
-    raise StudyError(f'{root} has no label maps: neither JPEGImages/ and SegmentationClass/ (Pascal VOC) nor images/ and annotations/ (ADE20K)')
+        if deeper:
+            near = sorted(Path(f) for at in near for f in os.scandir(at) if f.is_dir())
+        found = [
+            (kind, at)
+            for at in near
+            for kind, folders in LAYOUTS.items()
+            if all((at / f).is_dir() for f in folders)
+        ]
+        if len(found) > 1:
+            raise StudyError(
+                f'{root} holds {len(found)} sets: {", ".join(at.name for _, at in found)}; name the folder of one'
+            )
+        if found:
+            return found[0]
+    raise StudyError(
+        f'{root} has no label maps: neither JPEGImages/ and SegmentationClass/ (Pascal VOC) nor images/ and annotations/ (ADE20K)'
+    )
 
 # %% ../../nbs/engine/32_segmentation_data.ipynb #527cac78
-PARTS = {**SPLITS, 'train': ('train', 'training')}   # asked for -> names of splits that will do
+PARTS = {**SPLITS, 'train': ('train', 'training')}  # asked for -> names of splits that will do
 
-def _part(split, there, what): return pick_split(next((s for s in PARTS.get(split, ()) if s in there), split), there, what)
+
+def _part(split, there, what):
+    return pick_split(next((s for s in PARTS.get(split, ()) if s in there), split), there, what)
+
 
 def _voc(at, split):
-    lists = at/'ImageSets'/'Segmentation'
+    lists = at / 'ImageSets' / 'Segmentation'
     part = _part(split, [f.stem for f in lists.glob('*.txt')], at.name)
-    lines = (lists/f'{part}.txt').read_text('utf-8', errors='replace').splitlines()
+    lines = (lists / f'{part}.txt').read_text('utf-8', errors='replace').splitlines()
     names = [line.split()[0] for line in lines if line.strip()]
-    classes = read_classes(own, 0) if (own := at/'classes.txt').is_file() else list(VOC_CLASSES)
-    return part, MapFiles([at/'JPEGImages'/f'{n}.jpg' for n in names], [at/'SegmentationClass'/f'{n}.png' for n in names], classes, 0)
+    classes = read_classes(own, 0) if (own := at / 'classes.txt').is_file() else list(VOC_CLASSES)
+    return part, MapFiles(
+        [at / 'JPEGImages' / f'{n}.jpg' for n in names],
+        [at / 'SegmentationClass' / f'{n}.png' for n in names],
+        classes,
+        0,
+    )
+
 
 def _ade(at, split):
-    part = _part(split, [f.name for f in (at/'images').iterdir() if f.is_dir()], at.name)
-    images = sorted(f for f in (at/'images'/part).iterdir() if is_image_file(f.name))
-    classes = read_classes(own, 1) if (own := at/'objectInfo150.txt').is_file() else [f'class {k}' for k in range(1, 151)]
-    return part, MapFiles(images, [at/'annotations'/part/f'{f.stem}.png' for f in images], classes, 1)
+    part = _part(split, [f.name for f in (at / 'images').iterdir() if f.is_dir()], at.name)
+    images = sorted(f for f in (at / 'images' / part).iterdir() if is_image_file(f.name))
+    classes = (
+        read_classes(own, 1)
+        if (own := at / 'objectInfo150.txt').is_file()
+        else [f'class {k}' for k in range(1, 151)]
+    )
+    return part, MapFiles(images, [at / 'annotations' / part / f'{f.stem}.png' for f in images], classes, 1)
+
 
 def list_maps(
-    root:Path,      # a folder in the layout of Pascal VOC or of ADE20K, or one or two above it
-    split:str,      # 'train', 'val', or the layout's own name
-)->MapFiles:
+    root: Path,  # a folder in the layout of Pascal VOC or of ADE20K, or one or two above it
+    split: str,  # 'train', 'val', or the layout's own name
+) -> MapFiles:
     "The pairs of one split; a `StudyError` if the layout, the split or a file is not there."
     kind, at = find_layout(root)
     part, found = {'voc': _voc, 'ade': _ade}[kind](at, split)
-    if not found.images: raise StudyError(f'the split "{part}" of {at} is empty')
-    there = {folder: {*os.listdir(folder)} if folder.is_dir() else {} for folder in {f.parent for f in (*found.images, *found.maps)}}
+    if not found.images:
+        raise StudyError(f'the split "{part}" of {at} is empty')
+    there = {
+        folder: {*os.listdir(folder)} if folder.is_dir() else {}
+        for folder in {f.parent for f in (*found.images, *found.maps)}
+    }
     for image, labels in zip(found.images, found.maps):
-        if image.name not in there[image.parent]: raise StudyError(f'{image} is listed in the split "{part}", but it is not there')
-        if labels.name not in there[labels.parent]: raise StudyError(f'{image} has no map; it should be {labels}')
+        if image.name not in there[image.parent]:
+            raise StudyError(f'{image} is listed in the split "{part}", but it is not there')
+        if labels.name not in there[labels.parent]:
+            raise StudyError(f'{image} has no map; it should be {labels}')
     return found
 
 # %% ../../nbs/engine/32_segmentation_data.ipynb #9508aa8f
 class SegmentationDataset(FolderDataset):
     "Images and label maps in files, decoded together by worker processes in the order that the loop asks for."
-    def __init__(self,
-        files:MapFiles,      # n pairs
-        side:int,            # S in pixels
-        strict:bool=False,   # True: a pair that cannot be used is an error; False: it is replaced and counted
-        workers:int=0,       # decoding processes, unless `batches` says otherwise
+
+    def __init__(
+        self,
+        files: MapFiles,  # n pairs
+        side: int,  # S in pixels
+        strict: bool = False,  # True: a pair that cannot be used is an error; False: it is replaced and counted
+        workers: int = 0,  # decoding processes, unless `batches` says otherwise
     ):
-        super().__init__(files.images, torch.zeros(len(files.images), dtype=torch.long), files.classes, side, strict, workers=workers)
+        super().__init__(
+            files.images,
+            torch.zeros(len(files.images), dtype=torch.long),
+            files.classes,
+            side,
+            strict,
+            workers=workers,
+        )
         self.maps, self.shift = np.array([os.fsencode(f) for f in files.maps]), files.shift
 
     def pair(self, i):
         "Pair i, or what is wrong with it."
-        return read_pair(os.fsdecode(self.names[i]), os.fsdecode(self.maps[i]), self.side, len(self.classes), self.shift)
+        return read_pair(
+            os.fsdecode(self.names[i]), os.fsdecode(self.maps[i]), self.side, len(self.classes), self.shift
+        )
 
     def __getitem__(self, ids):
         "One batch, in the worker: images (B,3,S,S), maps (B,S,S), and what is wrong with pairs; only the last if the run must end."
-        try: return _decode_pairs(self, ids)
-        except StudyError as e: return None, None, [str(e)]
+        try:
+            return _decode_pairs(self, ids)
+        except StudyError as e:
+            return None, None, [str(e)]
 
-    def batches(self,
-        orders:Iterable[Tensor],     # one tensor of pair numbers (B,) a batch
-        workers:int|None=None,       # decoding processes; None: the set's own number
-    )->Iterator[tuple]:              # uint8 (B,3,S,S) and (B,S,S)
+    def batches(
+        self,
+        orders: Iterable[Tensor],  # one tensor of pair numbers (B,) a batch
+        workers: int | None = None,  # decoding processes; None: the set's own number
+    ) -> Iterator[tuple]:  # uint8 (B,3,S,S) and (B,S,S)
         "The batches in the order asked for."
         for images, maps, broken in decoding(self, orders, self.workers if workers is None else workers):
-            if images is None: raise StudyError(broken[-1])
-            if broken and not self._broken: warnings.warn(f'{broken[0]}; it and others like it are skipped and counted', stacklevel=2)
+            if images is None:
+                raise StudyError(broken[-1])
+            if broken and not self._broken:
+                warnings.warn(f'{broken[0]}; it and others like it are skipped and counted', stacklevel=2)
             self._broken.update(broken)
             yield images, maps
 
@@ -171,45 +255,55 @@ def _decode_pairs(pairs, ids):
     done, broken, n = [], [], len(pairs)
     for i in ids.tolist():
         for j in range(n):
-            if not isinstance(pair := pairs.pair((i + j) % n), str): break
+            if not isinstance(pair := pairs.pair((i + j) % n), str):
+                break
             broken.append(pair)
-            if pairs.strict: return None, None, broken
-        else: return None, None, broken   # not one of them can be used
+            if pairs.strict:
+                return None, None, broken
+        else:
+            return None, None, broken  # not one of them can be used
         done.append(pair)
     return *map(torch.stack, zip(*done)), broken
 
 # %% ../../nbs/engine/32_segmentation_data.ipynb #37b17295
 def hold_maps(
-    files:MapFiles,   # n pairs
-    size:int,         # side S in pixels
-    strict:bool,      # whether a pair that cannot be used is an error
-)->InMemoryDataset:         # labels are maps, uint8 (n,S,S)
+    files: MapFiles,  # n pairs
+    size: int,  # side S in pixels
+    strict: bool,  # whether a pair that cannot be used is an error
+) -> InMemoryDataset:  # labels are maps, uint8 (n,S,S)
     "All pairs decoded, as one set in memory."
     pairs, broken = [], []
     for image, labels in zip(files.images, files.maps):
         pair = read_pair(image, labels, size, len(files.classes), files.shift)
         (broken if isinstance(pair, str) else pairs).append(pair)
-        if broken and strict: raise StudyError(broken[0])
-    if not pairs: raise StudyError(f'{broken[0]}; neither can any of the {len(broken)} pairs beside it be used')
-    if broken: warnings.warn(f'{len(broken)} of {len(files.maps)} pairs are left out; the first: {broken[0]}', stacklevel=2)
+        if broken and strict:
+            raise StudyError(broken[0])
+    if not pairs:
+        raise StudyError(f'{broken[0]}; neither can any of the {len(broken)} pairs beside it be used')
+    if broken:
+        warnings.warn(
+            f'{len(broken)} of {len(files.maps)} pairs are left out; the first: {broken[0]}', stacklevel=2
+        )
     images, maps = map(torch.stack, zip(*pairs))
     return InMemoryDataset(images, maps, files.classes, len(broken))
 
 # %% ../../nbs/engine/32_segmentation_data.ipynb #91ef39ae
 def load_maps(
-    name:str,               # 'scenes', or a folder of the settings' [data] or in the data folder
-    split:str,              # 'train', 'val', or the layout's own name
-    size:int,               # side S in pixels
-    limit:int|None=None,    # the first so many pairs; None takes all
-    strict:bool=False,      # True (for evaluation): a pair that cannot be used is an error; False: it is left out and counted
-)->ImageDataset:              # batches are uint8 (B,3,S,S) and (B,S,S)
+    name: str,  # 'scenes', or a folder of the settings' [data] or in the data folder
+    split: str,  # 'train', 'val', or the layout's own name
+    size: int,  # side S in pixels
+    limit: int | None = None,  # the first so many pairs; None takes all
+    strict: bool = False,  # True (for evaluation): a pair that cannot be used is an error; False: it is left out and counted
+) -> ImageDataset:  # batches are uint8 (B,3,S,S) and (B,S,S)
     "A set of images with label maps by its name: in memory if it fits, else behind workers."
     if name == 'scenes':
         n, seed = SCENES[pick_split(split, SCENES, name)]
-        made = scenes(limit or n, size, seed)   # a larger world where more are asked for
+        made = scenes(limit or n, size, seed)  # a larger world where more are asked for
         return InMemoryDataset(made.images, made.maps, REGIONS)
-    if not (root := dataset_path(name)).is_dir(): raise StudyError(f'{root} is an archive; label maps are read from folders: unpack it')
+    if not (root := dataset_path(name)).is_dir():
+        raise StudyError(f'{root} is an archive; label maps are read from folders: unpack it')
     files = list_maps(root, split)
-    files = files._replace(images=files.images[:limit or None], maps=files.maps[:limit or None])
-    if 4*size*size*len(files.maps) > IN_MEMORY: return SegmentationDataset(files, size, strict, settings().workers)
+    files = files._replace(images=files.images[: limit or None], maps=files.maps[: limit or None])
+    if 4 * size * size * len(files.maps) > IN_MEMORY:
+        return SegmentationDataset(files, size, strict, settings().workers)
     return hold_maps(files, size, strict)

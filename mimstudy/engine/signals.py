@@ -14,31 +14,40 @@ from accelerate import Accelerator
 
 # %% ../../nbs/engine/35_signals.ipynb #41d04c4a
 class StopSignal:
-    "While the block runs, the first SIGINT or SIGTERM is noted in `asked`; it takes effect when the block ends."
-    asked = None
+    "While the block runs, the first SIGINT or SIGTERM is noted in `received`; it takes effect when the block ends."
+
+    received = None
 
     def __enter__(self):
-        here = threading.current_thread() is threading.main_thread()   # Python hands signals to no other
-        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)} if here else {}
+        here = threading.current_thread() is threading.main_thread()  # Python hands signals to no other
+        self.before = (
+            {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)} if here else {}
+        )
         return self
 
-    def _ask(self, number, frame): self.asked = number; self._give_back()
+    def _ask(self, number, frame):
+        self.received = number
+        self._give_back()
 
     def _give_back(self):
-        for number, handler in self.before.items(): signal.signal(number, handler or signal.SIG_DFL)
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def __exit__(self, failure, *_):
         self._give_back()
-        if failure or not self.asked: return
+        if failure or not self.received:
+            return
         print('stopped on request; the same again goes on from here', flush=True)
-        raise KeyboardInterrupt if self.asked == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt if self.received == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
 
 # %% ../../nbs/engine/35_signals.ipynb #e53bf93c
 def share_stop(
-    stop:StopSignal,             # of this process; gets the others' requests
-    accelerator:Accelerator,   # knows the other processes
-)->None:
+    stop: StopSignal,  # of this process; gets the others' requests
+    accelerator: Accelerator,  # knows the other processes
+) -> None:
     "Let every process know if a signal has reached any of them."
-    if accelerator.num_processes == 1: return
-    asked = accelerator.reduce(torch.tensor(float(stop.asked is not None), device=accelerator.device), 'sum')
-    if asked.item() > 0: stop.asked = stop.asked or signal.SIGTERM
+    if accelerator.num_processes == 1:
+        return
+    asked = accelerator.reduce(torch.tensor(float(stop.received is not None), device=accelerator.device), 'sum')
+    if asked.item() > 0:
+        stop.received = stop.received or signal.SIGTERM

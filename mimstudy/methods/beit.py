@@ -16,10 +16,10 @@ from ..parts.targets import Codes
 
 # %% ../../nbs/methods/beit.ipynb #59e13652
 def beit(
-    encoder:Encoder,
-    tokenizer:nn.Module,  # has `vocabulary` and `codes(x in [0,1]) -> (B,h,w)`
-    pathway:type=Joint,   # SemanticMIM's baseline; `Substitute` for BEiT's own block-wise masks; `Proxy` for SemanticMIM's own
-)->MIM:
+    encoder: Encoder,
+    tokenizer: nn.Module,  # has `vocabulary` and `codes(x in [0,1]) -> (B,h,w)`
+    pathway: type = Joint,  # SemanticMIM's baseline; `Substitute` for BEiT's own block-wise masks; `Proxy` for SemanticMIM's own
+) -> MIM:
     "Classify the codes of hidden patches with a linear head and cross-entropy (BEiT)."
     path = pathway(encoder)
     return MIM(path, linear_head(path, tokenizer.vocabulary), Codes(tokenizer, encoder.patch), masked_ce)

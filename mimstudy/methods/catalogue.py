@@ -29,30 +29,33 @@ from ..parts.proxy import Proxy
 MIMS = (simmim, mae, maskfeat, beit, conmim)
 OTHERS = (cim, mocov3, dino, ibot, deit)
 METHODS = {m.__name__: m for m in (*MIMS, *map(semanticmim, MIMS), *OTHERS)}
-GIVEN = ('tokenizer', 'classes')   # what comes from the data, not from a recipe
-PATHWAYS = {'substitute': Substitute, 'paint': MaskPixels, 'joint': Joint, 'proxy': Proxy}
+GIVEN = ('tokenizer', 'classes')  # what comes from the data, not from a recipe
+PATHWAYS = {'substitute': Substitute, 'mask_pixels': MaskPixels, 'joint': Joint, 'proxy': Proxy}
 
 # %% ../../nbs/methods/catalogue.ipynb #78be66e9
 def method_options(
-    name:str,         # a method's name
-)->dict[str, object]: # option -> default
+    name: str,  # a method's name
+) -> dict[str, object]:  # option -> default
     "The options of a method and their defaults, read from its constructor."
     parameters = signature(METHODS[check_name(name, METHODS, 'method')]).parameters.values()
     return {p.name: p.default for p in parameters if p.name not in ('encoder', *GIVEN)}
 
-def needs(name:str)->list[str]:
+
+def needs(name: str) -> list[str]:
     "What the method has to be given beside an encoder and its options: a tokenizer, or the number of classes."
     return [p for p in signature(METHODS[check_name(name, METHODS, 'method')]).parameters if p in GIVEN]
 
 # %% ../../nbs/methods/catalogue.ipynb #9976d80a
 def build(
-    name:str,                        # a name of `METHODS`
-    encoder:Encoder,
-    given:dict|None=None,             # what `needs` names: {'tokenizer': …} or {'classes': …}
-    **options,                       # the method's own options; a pathway is given by name
-)->Task:
+    name: str,  # a name of `METHODS`
+    encoder: Encoder,
+    given: dict | None = None,  # what `needs` names: {'tokenizer': …} or {'classes': …}
+    **options,  # the method's own options; a pathway is given by name
+) -> Task:
     "Build a method by name; unknown names and options are a `StudyError` with the near ones."
     method = METHODS[check_name(name, METHODS, 'method')]
-    for option in options: check_name(option, method_options(name), f'option of {name}')
-    if 'pathway' in options: options['pathway'] = PATHWAYS[check_name(options['pathway'], PATHWAYS, 'pathway')]
+    for option in options:
+        check_name(option, method_options(name), f'option of {name}')
+    if 'pathway' in options:
+        options['pathway'] = PATHWAYS[check_name(options['pathway'], PATHWAYS, 'pathway')]
     return method(encoder, **(given or {}), **options)

@@ -22,87 +22,131 @@ from ..parts.views import normalise
 # %% ../../nbs/methods/cim.ipynb #68db5449
 @torch.no_grad()
 def sample_codes(
-    logits:Tensor,   # (B,M,K) what the generator says at `mask.predict`
-    codes:Tensor,    # (B,N) the image's own words
-    mask:Mask,
-)->Tensor:           # (B,N) the words, with the hidden ones drawn anew
+    logits: Tensor,  # (B,M,K) what the generator says at `mask.predict`
+    codes: Tensor,  # (B,N) the image's own words
+    mask: Mask,
+) -> Tensor:  # (B,N) the words, with the hidden ones drawn anew
     "Replace each hidden word by one drawn from the generator's softmax; visible words stay."
-    below = logits.float().softmax(-1).cumsum(-1)   # a uniform number falls between the sums of two words
-    drawn = torch.searchsorted(below, torch.rand_like(below[..., :1])*below[..., -1:], right=True)[..., 0].clamp(max=below.shape[-1] - 1)
-    if mask.weight is not None: drawn = torch.where(mask.weight > 0, drawn, gather(codes, mask.predict))   # padding points at visible ones
+    below = logits.float().softmax(-1).cumsum(-1)  # a uniform number falls between the sums of two words
+    drawn = torch.searchsorted(below, torch.rand_like(below[..., :1]) * below[..., -1:], right=True)[
+        ..., 0
+    ].clamp(max=below.shape[-1] - 1)
+    if mask.weight is not None:
+        drawn = torch.where(
+            mask.weight > 0, drawn, gather(codes, mask.predict)
+        )  # padding points at visible ones
     return codes.scatter(1, mask.predict, drawn)
 
 # %% ../../nbs/methods/cim.ipynb #412fa1ce
 def local_norm(
-    x:Tensor,        # (B,3,S,S) images
-    window:int=8,    # side of the window in px
-)->Tensor:           # (B,3,S,S) float32
+    x: Tensor,  # (B,3,S,S) images
+    window: int = 8,  # side of the window in px
+) -> Tensor:  # (B,3,S,S) float32
     "Every pixel relative to the mean and deviation of the window around it, colour by colour."
-    near, far = (window - 1)//2, window//2
+    near, far = (window - 1) // 2, window // 2
     with torch.autocast(x.device.type, enabled=False):
         x = x.float()
         padded = F.pad(x, (near, far, near, far), mode='replicate')
-        def near_mean(x): return F.avg_pool2d(F.avg_pool2d(x, (window, 1), 1), (1, window), 1)   # rows, then columns
+
+        def near_mean(x):
+            return F.avg_pool2d(F.avg_pool2d(x, (window, 1), 1), (1, window), 1)  # rows, then columns
+
         mean = near_mean(padded)
         var = (near_mean(padded.square()) - mean.square()).clamp(min=0)
-        return (x - mean)/(var + 1e-2).sqrt()
+        return (x - mean) / (var + 1e-2).sqrt()
 
 # %% ../../nbs/methods/cim.ipynb #f5de8843
 class CIM(Task):
     "A generator that corrupts images, and an encoder that sees through it; options as in `cim`."
-    def __init__(self, encoder:Encoder, tokenizer:nn.Module, generator:Encoder, restore:str, window:int, weight:float):
-        super().__init__()
-        if not hasattr(tokenizer, 'redraw'):
-            raise StudyError(f'cim draws images from codes, and {type(tokenizer).__name__} cannot; take k-means codes or a DVAE of your own')
-        self.restore, self.window, self.weight = check_name(restore, ('pixels', 'replaced'), 'thing to restore'), window, weight
-        self.encoder, self.generator, self.codes = encoder, Substitute(generator), Codes(tokenizer, encoder.patch)
-        self.words = linear_head(self.generator, tokenizer.vocabulary)
-        self.head = nn.Linear(encoder.width, 3*encoder.patch**2 if restore == 'pixels' else 1)
-        nn.init.trunc_normal_(self.head.weight, std=.02), nn.init.zeros_(self.head.bias)
 
-    def predict(self, batch:Batch)->Tensor:
+    def __init__(
+        self,
+        encoder: Encoder,
+        tokenizer: nn.Module,
+        generator: Encoder,
+        restore: str,
+        window: int,
+        weight: float,
+    ):
+        super().__init__()
+        if not hasattr(tokenizer, 'decode'):
+            raise StudyError(
+                f'cim draws images from codes, and {type(tokenizer).__name__} cannot; take k-means codes or a DVAE of your own'
+            )
+        self.restore, self.window, self.weight = (
+            check_name(restore, ('pixels', 'replaced'), 'thing to restore'),
+            window,
+            weight,
+        )
+        self.encoder, self.generator, self.codes = (
+            encoder,
+            Substitute(generator),
+            Codes(tokenizer, encoder.patch),
+        )
+        self.words = linear_head(self.generator, tokenizer.vocabulary)
+        self.head = nn.Linear(encoder.width, 3 * encoder.patch**2 if restore == 'pixels' else 1)
+        nn.init.trunc_normal_(self.head.weight, std=0.02), nn.init.zeros_(self.head.bias)
+
+    def predict(self, batch: Batch) -> Tensor:
         "What the generator says of the hidden patches, (B,M,K)."
         return self.words(self.generator.select(self.generator(batch.views[0], batch.mask), batch.mask))
 
     @torch.no_grad()
-    def redraw(self, words:Tensor)->Tensor:
+    def decode(self, words: Tensor) -> Tensor:
         "The image (B,3,S,S) that words (B,N) describe, normalised, at the encoder's size."
         h, w = self.encoder.grid
-        with torch.autocast(words.device.type, enabled=False): x = self.codes.tokenizer.redraw(words.view(-1, h, w)).float()
-        size = [h*self.encoder.patch, w*self.encoder.patch]
-        if size != list(x.shape[-2:]): x = F.interpolate(x, size, mode='bicubic', antialias=True).clamp(0, 1)
+        with torch.autocast(words.device.type, enabled=False):
+            x = self.codes.tokenizer.decode(words.view(-1, h, w)).float()
+        size = [h * self.encoder.patch, w * self.encoder.patch]
+        if size != list(x.shape[-2:]):
+            x = F.interpolate(x, size, mode='bicubic', antialias=True).clamp(0, 1)
         return normalise(x)
 
-    def enhance(self,
-        x:Tensor,   # (B,3,S,S) a corrupted image
-    )->Tensor:      # (B,N,3·patch²), or (B,N,1)
+    def enhance(
+        self,
+        x: Tensor,  # (B,3,S,S) a corrupted image
+    ) -> Tensor:  # (B,N,3·patch²), or (B,N,1)
         "What the encoder makes of it, patch by patch."
-        z = self.encoder.encode(torch.cat([self.encoder.prefix_tokens(len(x)), self.encoder.patch_tokens(x)], 1))
-        return self.head(z[:, self.encoder.P:]).float()
+        z = self.encoder.encode(
+            torch.cat([self.encoder.prefix_tokens(len(x)), self.encoder.patch_tokens(x)], 1)
+        )
+        return self.head(z[:, self.encoder.P :]).float()
 
-    def forward(self, batch:Batch, progress:float)->dict[str, Tensor]:
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         "The generator's cross-entropy, and the encoder's own loss on what the generator made."
         codes, logits = self.codes(batch), self.predict(batch)
         words = sample_codes(logits, codes, batch.mask)
-        said = self.enhance(self.redraw(words))
-        if self.restore == 'pixels': enhancer = F.mse_loss(said, patchify(local_norm(batch.views[0], self.window), self.encoder.patch))
-        else: enhancer = F.binary_cross_entropy_with_logits(said[..., 0], (words != codes).float())
+        said = self.enhance(self.decode(words))
+        if self.restore == 'pixels':
+            enhancer = F.mse_loss(said, patchify(local_norm(batch.views[0], self.window), self.encoder.patch))
+        else:
+            enhancer = F.binary_cross_entropy_with_logits(said[..., 0], (words != codes).float())
         generator = masked_ce(logits, codes, batch.mask)
-        return {'loss': generator + self.weight*enhancer, 'generator': generator.detach(), 'enhancer': enhancer.detach()}
+        return {
+            'loss': generator + self.weight * enhancer,
+            'generator': generator.detach(),
+            'enhancer': enhancer.detach(),
+        }
 
 # %% ../../nbs/methods/cim.ipynb #939688b0
 def cim(
-    encoder:Encoder,
-    tokenizer:nn.Module,      # has `vocabulary`, `stride`, `codes` and `redraw`
-    restore:str='pixels',     # 'pixels' (ResPix), or 'replaced' (RevDet): which patches are not what they were
-    depth:int|None=None,      # blocks of the generator; None: a third of the encoder's
-    width:int|None=None,      # D of the generator; None: half of the encoder's
-    heads:int|None=None,      # H of the generator; None: as wide as the encoder's
-    window:int=8,             # side in px of the window that pixels are normalised by
-    weight:float=1.,          # λ, of the encoder's loss
-)->CIM:
+    encoder: Encoder,
+    tokenizer: nn.Module,  # has `vocabulary`, `stride`, `codes` and `decode`
+    restore: str = 'pixels',  # 'pixels' (ResPix), or 'replaced' (RevDet): which patches are not what they were
+    depth: int | None = None,  # blocks of the generator; None: a third of the encoder's
+    width: int | None = None,  # D of the generator; None: half of the encoder's
+    heads: int | None = None,  # H of the generator; None: as wide as the encoder's
+    window: int = 8,  # side in px of the window that pixels are normalised by
+    weight: float = 1.0,  # λ, of the encoder's loss
+) -> CIM:
     "See through a image that a small generator has corrupted (CIM)."
     c = encoder.config
-    heads = heads or max(c['heads']//2, 1)
-    small = dict(width=width or heads*(c['width']//c['heads']), depth=depth or max(c['depth']//3, 1), heads=heads, prefix=1, drop_path=0.)
+    heads = heads or max(c['heads'] // 2, 1)
+    small = dict(
+        width=width or heads * (c['width'] // c['heads']),
+        depth=depth or max(c['depth'] // 3, 1),
+        heads=heads,
+        prefix=1,
+        drop_path=0.0,
+    )
     return CIM(encoder, tokenizer, Encoder(**(c | small)), restore, window, weight)

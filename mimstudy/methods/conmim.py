@@ -11,26 +11,37 @@ from functools import partial
 from torch import nn
 from ..core.errors import check_name
 from ..parts.dictionaries import DICTIONARIES
-from ..parts.ema import Slow
+from ..parts.ema import EMATeacher
 from ..parts.encoder import Encoder
-from ..parts.heads import Projector, sized
+from ..parts.heads import Projector, size_or_default
 from ..parts.mim import MIM
 from ..parts.pathways import Substitute
+from ..parts.targets import TeacherFeatures
 
 # %% ../../nbs/methods/conmim.ipynb #7ebb9907
 def conmim(
-    encoder:Encoder,
-    pathway:type=Substitute,   # the release masks tokens; `Proxy` makes it SemanticMIM's
-    tau:float=.1,              # temperature τ (Table 8)
-    momentum:float=.996,       # α at the start (Table 9); 0 removes the slow copy (Table 6)
-    hidden:int|None=None,      # width of the projector's inner layers; None: 4096 as in the release, 4 D under a narrow encoder
-    out:int=256,               # width of the space in which patches are compared, as in the release
-    projector:bool=True,       # §4; False compares the features of the backbone itself, as Algorithm 1 reads
-    teacher_mode:str='train',     # 'train' as in the release, or 'eval': batch norm and stochastic depth of the slow copy
-    dictionary:str='image',  # 'image' (eq. 3), 'device' or 'filtered' (Table 5), or 'instance' (Table 4)
-    similar:float=.9,          # the threshold of 'filtered': negatives with a greater cosine with the anchor are left out
-)->MIM:
+    encoder: Encoder,
+    pathway: type = Substitute,  # the release masks tokens; `Proxy` makes it SemanticMIM's
+    tau: float = 0.1,  # temperature τ (Table 8)
+    momentum: float = 0.996,  # α at the start (Table 9); 0 removes the slow copy (Table 6)
+    hidden: int
+    | None = None,  # width of the projector's inner layers; None: 4096 as in the release, 4 D under a narrow encoder
+    out: int = 256,  # width of the space in which patches are compared, as in the release
+    projector: bool = True,  # §4; False compares the features of the backbone itself, as Algorithm 1 reads
+    teacher_mode: str = 'train',  # 'train' as in the release, or 'eval': batch norm and stochastic depth of the slow copy
+    dictionary: str = 'image',  # 'image' (eq. 3), 'device' or 'filtered' (Table 5), or 'instance' (Table 4)
+    similar: float = 0.9,  # the threshold of 'filtered': negatives with a greater cosine with the anchor are left out
+) -> MIM:
     "Find each hidden patch among the slow features of its own image (ConMIM eq. 3)."
-    head = Projector(encoder, sized(hidden, encoder, 4096, 4*encoder.width), out) if projector else nn.Identity()
-    lookup = partial(DICTIONARIES[check_name(dictionary, DICTIONARIES, 'dictionary')], tau=tau, **(dict(similar=similar) if dictionary == 'filtered' else {}))
-    return MIM(pathway(encoder), head, Slow(encoder, head, momentum, teacher_mode), lookup)
+    head = (
+        Projector(encoder, size_or_default(hidden, encoder, 4096, 4 * encoder.width), out)
+        if projector
+        else nn.Identity()
+    )
+    lookup = partial(
+        DICTIONARIES[check_name(dictionary, DICTIONARIES, 'dictionary')],
+        tau=tau,
+        **(dict(similar=similar) if dictionary == 'filtered' else {}),
+    )
+    teacher = EMATeacher({'encoder': encoder, 'head': head}, momentum, teacher_mode)
+    return MIM(pathway(encoder), head, TeacherFeatures(teacher), lookup)

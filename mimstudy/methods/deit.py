@@ -11,11 +11,11 @@ from ..parts.encoder import Encoder
 
 # %% ../../nbs/methods/deit.ipynb #c1cecaf4
 def deit(
-    encoder:Encoder,
-    classes:int,          # K, from the dataset
-    mixup:float=.8,       # α of mixup; 0 for none
-    cutmix:float=1.,      # α of cutmix; 0 for none
-    smoothing:float=.1,   # label smoothing
-)->Classifier:
+    encoder: Encoder,
+    classes: int,  # K, from the dataset
+    mixup: float = 0.8,  # α of mixup; 0 for none
+    cutmix: float = 1.0,  # α of cutmix; 0 for none
+    smoothing: float = 0.1,  # label smoothing
+) -> Classifier:
     "Learn the classes from labels, from scratch (DeiT)."
     return Classifier(encoder, classes, mixup, cutmix, smoothing)

@@ -13,65 +13,85 @@ from ..core.task import Batch, Task
 from ..parts.centering import Centre, cross_view_ce, target_entropy, teacher_temperature
 from ..parts.crop_features import view_features
 from ..parts.encoder import Encoder
-from ..parts.followers import Followers
-from ..parts.heads import sized
+from ..parts.ema import EMATeacher
+from ..parts.heads import size_or_default
 from ..parts.mlp_heads import DINOHead
 
 # %% ../../nbs/methods/dino.ipynb #358655f3
 class DINO(Task):
     "Say of any crop what a slow copy says of the large ones; options as in `dino`."
+
     separate_crops = True
 
     def __init__(self, encoder, sizes, tau, taus, warmup, frozen, momentum, centre_momentum):
         super().__init__()
         out, hidden, bottleneck = sizes
-        self.encoder, self.head, self.centre = encoder, DINOHead(encoder.width, out, hidden, bottleneck), Centre(out, centre_momentum)
-        self.slow = Followers(self, ['encoder', 'head'], momentum, mode='eval')
+        self.encoder, self.head, self.centre = (
+            encoder,
+            DINOHead(encoder.width, out, hidden, bottleneck),
+            Centre(out, centre_momentum),
+        )
+        self.teacher = EMATeacher({'encoder': self.encoder, 'head': self.head}, momentum, mode='eval')
         self.tau, self.taus, self.warmup, self.frozen = tau, tuple(taus), warmup, frozen
 
     @property
-    def teacher(self)->Encoder: return self.slow.encoder
+    def teacher_encoder(self) -> Encoder:
+        return self.teacher.encoder
 
     @torch.no_grad()
-    def teach(self,
-        views:list[Tensor],   # the large views, each (B,3,S,S)
-        progress:float,       # 0 … 1
-    )->tuple[Tensor, Tensor]: # logits and distributions, (V,B,K)
+    def teach(
+        self,
+        views: list[Tensor],  # the large views, each (B,3,S,S)
+        progress: float,  # 0 … 1
+    ) -> tuple[Tensor, Tensor]:  # logits and distributions, (V,B,K)
         "What the slow copy says of each view."
-        logits = self.slow.head(view_features(self.slow.encoder, views)).unflatten(0, (len(views), -1))
+        logits = self.teacher.head(view_features(self.teacher.encoder, views)).unflatten(0, (len(views), -1))
         return logits, self.centre(logits, teacher_temperature(self.taus, self.warmup, progress))
 
-    def forward(self, batch:Batch, progress:float)->dict[str, Tensor]:
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         "Cross-entropy between views; the first two are large, and fewer are a `StudyError`."
-        if len(batch.views) < 2: raise StudyError("dino needs two large crops of each image; set the recipe's views to 'multicrop'")
+        if len(batch.views) < 2:
+            raise StudyError(
+                "dino needs two large crops of each image; set the recipe's views to 'multicrop'"
+            )
         logits, target = self.teach(batch.views[:2], progress)
         student = self.head(view_features(self.encoder, batch.views), progress < self.frozen)
-        self.centre.note(logits)
-        entropy, spread = target_entropy(target)
-        return {'loss': cross_view_ce(student.unflatten(0, (len(batch.views), -1)), target, self.tau), 'entropy': entropy, 'spread': spread}
+        self.centre.accumulate(logits)
+        entropy, kl = target_entropy(target)
+        return {
+            'loss': cross_view_ce(student.unflatten(0, (len(batch.views), -1)), target, self.tau),
+            'entropy': entropy,
+            'kl': kl,
+        }
 
-    def before_step(self, progress:float)->None:
+    def before_step(self, progress: float) -> None:
         "Leave the frozen last layer out of the update."
-        if progress < self.frozen: self.head.last.weight.grad = None
+        if progress < self.frozen:
+            self.head.last.weight.grad = None
 
-    def after_step(self, progress:float)->None:
+    def after_step(self, progress: float) -> None:
         "Let the slow copy follow, and the centre move."
-        self.slow.after_step(progress)
+        self.teacher.after_step(progress)
         self.centre.after_step()
 
 # %% ../../nbs/methods/dino.ipynb #070fb7fc
 def dino(
-    encoder:Encoder,
-    out:int|None=None,                    # K, how many words there are; None: 65536, 2048 under a narrow encoder
-    tau:float=.1,                         # τ_s, the student's temperature
-    taus:tuple[float, float]=(.04, .07),  # τ_t, the teacher's: at the start and after its warm-up
-    warmup:float=.1,                      # share of the training that τ_t warms up: 30 of 300 epochs
-    frozen:float=1/300,                   # share of the training during which the last layer stands still: 1 epoch
-    momentum:float=.996,                  # α at the start
-    centre_momentum:float=.9,             # m of the centre; 1 leaves it at zero
-    hidden:int|None=None,                 # width of the head's inner layers; None: 2048, 4 D under a narrow encoder
-    bottleneck:int|None=None,             # width of the space in which the K directions lie; None: 256, 64 under a narrow encoder
-)->DINO:
+    encoder: Encoder,
+    out: int | None = None,  # K, how many words there are; None: 65536, 2048 under a narrow encoder
+    tau: float = 0.1,  # τ_s, the student's temperature
+    taus: tuple[float, float] = (0.04, 0.07),  # τ_t, the teacher's: at the start and after its warm-up
+    warmup: float = 0.1,  # share of the training that τ_t warms up: 30 of 300 epochs
+    frozen: float = 1 / 300,  # share of the training during which the last layer stands still: 1 epoch
+    momentum: float = 0.996,  # α at the start
+    centre_momentum: float = 0.9,  # m of the centre; 1 leaves it at zero
+    hidden: int | None = None,  # width of the head's inner layers; None: 2048, 4 D under a narrow encoder
+    bottleneck: int
+    | None = None,  # width of the space in which the K directions lie; None: 256, 64 under a narrow encoder
+) -> DINO:
     "Self-distillation without labels, from large crops to all crops (DINO)."
-    sizes = sized(out, encoder, 65536, 2048), sized(hidden, encoder, 2048, 4*encoder.width), sized(bottleneck, encoder, 256, 64)
+    sizes = (
+        size_or_default(out, encoder, 65536, 2048),
+        size_or_default(hidden, encoder, 2048, 4 * encoder.width),
+        size_or_default(bottleneck, encoder, 256, 64),
+    )
     return DINO(encoder, sizes, tau, taus, warmup, frozen, momentum, centre_momentum)

@@ -13,126 +13,173 @@ from ..core.task import Batch, Task
 from ..parts.centering import Centre, cross_view_ce, target_entropy, teacher_temperature
 from ..parts.crop_features import crop_tokens, view_features
 from ..parts.encoder import Encoder
-from ..parts.followers import Followers
-from ..parts.heads import sized
+from ..parts.ema import EMATeacher
+from ..parts.heads import size_or_default
 from ..parts.masks import Mask, gather
 from ..parts.mlp_heads import NormalizedLinear, DINOHead
 from ..parts.pathways import Substitute
 
 # %% ../../nbs/methods/ibot.ipynb #feafc9f7
 def patch_ce(
-    student:Tensor,   # (B,M,K) logits at `mask.predict`
-    target:Tensor,    # (B,M,K) the teacher's distributions there
-    mask:Mask,
-    tau:float=.1,     # τ_s
-)->Tensor:
+    student: Tensor,  # (B,M,K) logits at `mask.predict`
+    target: Tensor,  # (B,M,K) the teacher's distributions there
+    mask: Mask,
+    tau: float = 0.1,  # τ_s
+) -> Tensor:
     "Cross-entropy at the hidden patches: mean over those of a crop, then over crops (iBOT eq. 3)."
-    each = -(target.float()*(student.float()/tau).log_softmax(-1)).sum(-1)
+    each = -(target.float() * (student.float() / tau).log_softmax(-1)).sum(-1)
     weight = torch.ones_like(each) if mask.weight is None else mask.weight
-    return ((each*weight).sum(1)/weight.sum(1).clamp(min=1)).mean()
+    return ((each * weight).sum(1) / weight.sum(1).clamp(min=1)).mean()
 
 # %% ../../nbs/methods/ibot.ipynb #afbfc704
 class SharedHead(nn.Module):
     "A network that has words for whole crops and for patches."
-    def __init__(self, encoder:Encoder, out:int, shared:bool, hidden:int, bottleneck:int):
+
+    def __init__(self, encoder: Encoder, out: int, shared: bool, hidden: int, bottleneck: int):
         super().__init__()
         self.pathway, self.head = Substitute(encoder), DINOHead(encoder.width, out, hidden, bottleneck)
         self.patch_last = None if shared else NormalizedLinear(bottleneck, out)
 
-    def patch_words(self,
-        z:Tensor,            # (…,b) patch features of length one, from `head.sphere`
-        frozen:bool=False,   # whether the dictionary gets a gradient of zero
-    )->Tensor:               # (…,K)
+    def patch_words(
+        self,
+        z: Tensor,  # (…,b) patch features of length one, from `head.sphere`
+        frozen: bool = False,  # whether the dictionary gets a gradient of zero
+    ) -> Tensor:  # (…,K)
         "Logits of patches."
         return (self.head.last if self.patch_last is None else self.patch_last)(z, frozen)
 
-    def forward(self,
-        views:list[Tensor],  # two large crops, then small ones
-        mask:Mask,           # 2B rows, what is hidden in the large ones
-        frozen:bool=False,
-    )->tuple[Tensor, Tensor]:  # (V,B,K) logits of all crops, (2B,M,K) logits of the hidden patches
+    def forward(
+        self,
+        views: list[Tensor],  # two large crops, then small ones
+        mask: Mask,  # 2B rows, what is hidden in the large ones
+        frozen: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # (V,B,K) logits of all crops, (2B,M,K) logits of the hidden patches
         "What the student says."
         hidden, P = self.pathway(torch.cat(views[:2]), mask), self.pathway.encoder.P
-        cls = [hidden[:, :P].mean(1)] + ([view_features(self.pathway.encoder, views[2:])] if len(views) > 2 else [])
-        patches = self.patch_words(self.head.sphere(gather(hidden[:, P:], mask.predict)), frozen)
+        cls = [hidden[:, :P].mean(1)] + (
+            [view_features(self.pathway.encoder, views[2:])] if len(views) > 2 else []
+        )
+        patches = self.patch_words(self.head.bottleneck_features(gather(hidden[:, P:], mask.predict)), frozen)
         return self.head(torch.cat(cls), frozen).unflatten(0, (len(views), -1)), patches
 
 # %% ../../nbs/methods/ibot.ipynb #0d0d6ed1
 @torch.no_grad()
 def teacher_outputs(
-    slow:SharedHead,
-    views:list[Tensor],  # the two large crops
-    mask:Mask,           # 2B rows
-)->tuple[Tensor, Tensor, Tensor]:  # logits of the crops (2,B,K), of their hidden patches (2B,M,K), of their mean patch (1,K)
+    teacher: SharedHead,
+    views: list[Tensor],  # the two large crops
+    mask: Mask,  # 2B rows
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # logits of the crops (2,B,K), of their hidden patches (2B,M,K), of their mean patch (1,K)
     "What the slow copy says of crops that it sees whole."
-    encoder = slow.pathway.encoder
+    encoder = teacher.pathway.encoder
     hidden = encoder.encode(crop_tokens(encoder, torch.cat(views)))
-    z = slow.head.sphere(hidden[:, encoder.P:])
-    cls = slow.head(hidden[:, :encoder.P].mean(1)).unflatten(0, (2, -1))
-    return cls, slow.patch_words(gather(z, mask.predict)), slow.patch_words(z.mean((0, 1))[None])
+    z = teacher.head.bottleneck_features(hidden[:, encoder.P :])
+    cls = teacher.head(hidden[:, : encoder.P].mean(1)).unflatten(0, (2, -1))
+    return cls, teacher.patch_words(gather(z, mask.predict)), teacher.patch_words(z.mean((0, 1))[None])
 
 # %% ../../nbs/methods/ibot.ipynb #21dc0be3
 class IBOT(Task):
     "DINO on crops with holes, and at each hole the slow copy's word for what is there; options as in `ibot`."
+
     separate_crops = True
 
-    def __init__(self, encoder, sizes, shared, tau, taus, patch_taus, warmup, frozen, momentum, centre_momentum, patch_weight):
+    def __init__(
+        self,
+        encoder,
+        sizes,
+        shared,
+        tau,
+        taus,
+        patch_taus,
+        warmup,
+        frozen,
+        momentum,
+        centre_momentum,
+        patch_weight,
+    ):
         super().__init__()
         out, hidden, bottleneck = sizes
         self.net = SharedHead(encoder, out, shared, hidden, bottleneck)
-        self.slow = Followers(self, ['net'], momentum, mode='eval')
+        self.teacher = EMATeacher({'net': self.net}, momentum, mode='eval')
         self.centre, self.patch_centre = Centre(out, centre_momentum), Centre(out, centre_momentum)
         self.tau, self.taus, self.patch_taus = tau, tuple(taus), tuple(patch_taus)
         self.warmup, self.frozen, self.patch_weight = warmup, frozen, patch_weight
 
     @property
-    def encoder(self)->Encoder: return self.net.pathway.encoder
+    def encoder(self) -> Encoder:
+        return self.net.pathway.encoder
 
     @property
-    def teacher(self)->Encoder: return self.slow.net.pathway.encoder
+    def teacher_encoder(self) -> Encoder:
+        return self.teacher.net.pathway.encoder
 
-    def teach(self, views:list[Tensor], mask:Mask, progress:float)->tuple[Tensor, Tensor]:
+    def teach(self, views: list[Tensor], mask: Mask, progress: float) -> tuple[Tensor, Tensor]:
         "The teacher's distributions for the large crops (2,B,K) and their hidden patches (2B,M,K); both centres take note."
-        cls, patches, mean = teacher_outputs(self.slow.net, views[:2], mask)
-        self.centre.note(cls), self.patch_centre.note(mean)
-        return (self.centre(cls, teacher_temperature(self.taus, self.warmup, progress)),
-                self.patch_centre(patches, teacher_temperature(self.patch_taus, self.warmup, progress)))
+        cls, patches, mean = teacher_outputs(self.teacher.net, views[:2], mask)
+        self.centre.accumulate(cls), self.patch_centre.accumulate(mean)
+        return (
+            self.centre(cls, teacher_temperature(self.taus, self.warmup, progress)),
+            self.patch_centre(patches, teacher_temperature(self.patch_taus, self.warmup, progress)),
+        )
 
-    def forward(self, batch:Batch, progress:float)->dict[str, Tensor]:
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         "Cross-entropy between views, and at hidden patches; a mask that does not cover both large crops is a `StudyError`."
         views, mask = batch.views, batch.mask
-        if len(views) < 2 or mask is None or len(mask.hidden) != 2*len(views[0]):
-            raise StudyError("ibot needs two large crops and a mask for both; set the recipe's views to 'multicrop' and its mask to 'chance'")
-        (target, patch_target), (student, patches) = self.teach(views, mask, progress), self.net(views, mask, progress < self.frozen)
-        whole, part = cross_view_ce(student, target, self.tau), patch_ce(patches, patch_target, mask, self.tau)
-        entropy, spread = target_entropy(target)
-        return {'loss': whole + self.patch_weight*part, 'cls': whole.detach(), 'patch': part.detach(), 'entropy': entropy, 'spread': spread}
+        if len(views) < 2 or mask is None or len(mask.hidden) != 2 * len(views[0]):
+            raise StudyError(
+                "ibot needs two large crops and a mask for both; set the recipe's views to 'multicrop' and its mask to 'chance'"
+            )
+        (target, patch_target), (student, patches) = (
+            self.teach(views, mask, progress),
+            self.net(views, mask, progress < self.frozen),
+        )
+        whole, part = (
+            cross_view_ce(student, target, self.tau),
+            patch_ce(patches, patch_target, mask, self.tau),
+        )
+        entropy, kl = target_entropy(target)
+        return {
+            'loss': whole + self.patch_weight * part,
+            'cls': whole.detach(),
+            'patch': part.detach(),
+            'entropy': entropy,
+            'kl': kl,
+        }
 
-    def before_step(self, progress:float)->None:
+    def before_step(self, progress: float) -> None:
         "Leave the frozen last layers out of the update."
         for last in (self.net.head.last, self.net.patch_last):
-            if last is not None and progress < self.frozen: last.weight.grad = None
+            if last is not None and progress < self.frozen:
+                last.weight.grad = None
 
-    def after_step(self, progress:float)->None:
+    def after_step(self, progress: float) -> None:
         "Let the slow copy follow, and both centres move."
-        self.slow.after_step(progress), self.centre.after_step(), self.patch_centre.after_step()
+        self.teacher.after_step(progress), self.centre.after_step(), self.patch_centre.after_step()
 
 # %% ../../nbs/methods/ibot.ipynb #1fb98eec
 def ibot(
-    encoder:Encoder,
-    out:int|None=None,                          # K, how many words there are; None: 8192, 2048 under a narrow encoder
-    shared:bool=True,                           # one dictionary for [CLS] and patches, as published; or one each
-    tau:float=.1,                               # τ_s, the student's temperature
-    taus:tuple[float, float]=(.04, .07),        # τ_t for [CLS], at the start and after its warm-up
-    patch_taus:tuple[float, float]=(.04, .07),  # τ_t for patches
-    warmup:float=.1,                            # share of the training that both warm up: 30 of 300 epochs
-    frozen:float=1/300,                         # share of the training during which the last layer stands still: 1 epoch
-    momentum:float=.996,                        # α at the start
-    centre_momentum:float=.9,                   # m of both centres
-    patch_weight:float=1.,                      # weight of the patches' loss; 0 leaves DINO on crops with holes
-    hidden:int|None=None,                       # width of the head's inner layers; None: 2048, 4 D under a narrow encoder
-    bottleneck:int|None=None,                   # width of the space in which the K directions lie; None: 256, 64 under a narrow encoder
-)->IBOT:
+    encoder: Encoder,
+    out: int | None = None,  # K, how many words there are; None: 8192, 2048 under a narrow encoder
+    shared: bool = True,  # one dictionary for [CLS] and patches, as published; or one each
+    tau: float = 0.1,  # τ_s, the student's temperature
+    taus: tuple[float, float] = (0.04, 0.07),  # τ_t for [CLS], at the start and after its warm-up
+    patch_taus: tuple[float, float] = (0.04, 0.07),  # τ_t for patches
+    warmup: float = 0.1,  # share of the training that both warm up: 30 of 300 epochs
+    frozen: float = 1 / 300,  # share of the training during which the last layer stands still: 1 epoch
+    momentum: float = 0.996,  # α at the start
+    centre_momentum: float = 0.9,  # m of both centres
+    patch_weight: float = 1.0,  # weight of the patches' loss; 0 leaves DINO on crops with holes
+    hidden: int | None = None,  # width of the head's inner layers; None: 2048, 4 D under a narrow encoder
+    bottleneck: int
+    | None = None,  # width of the space in which the K directions lie; None: 256, 64 under a narrow encoder
+) -> IBOT:
     "Self-distillation of whole crops and of hidden patches (iBOT)."
-    sizes = sized(out, encoder, 8192, 2048), sized(hidden, encoder, 2048, 4*encoder.width), sized(bottleneck, encoder, 256, 64)
-    return IBOT(encoder, sizes, shared, tau, taus, patch_taus, warmup, frozen, momentum, centre_momentum, patch_weight)
+    sizes = (
+        size_or_default(out, encoder, 8192, 2048),
+        size_or_default(hidden, encoder, 2048, 4 * encoder.width),
+        size_or_default(bottleneck, encoder, 256, 64),
+    )
+    return IBOT(
+        encoder, sizes, shared, tau, taus, patch_taus, warmup, frozen, momentum, centre_momentum, patch_weight
+    )

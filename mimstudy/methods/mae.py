@@ -7,25 +7,25 @@ __all__ = ['mae']
 
 # %% ../../nbs/methods/mae.ipynb #9fc79652
 from ..parts.encoder import Encoder
-from ..parts.heads import linear_head, sized
+from ..parts.heads import linear_head, size_or_default
 from ..parts.losses import masked_mse
 from ..parts.mim import MIM
 from ..parts.targets import Pixels
-from ..parts.visible import Visible, xavier
+from ..parts.visible import Visible, init_xavier
 
 # %% ../../nbs/methods/mae.ipynb #193cfd1a
 def mae(
-    encoder:Encoder,
-    pathway:type|None=None,   # `Visible` with the decoder below; `Proxy` makes it SemanticMIM's
-    norm:bool=True,           # normalise each target patch by its own mean and variance
-    width:int|None=None,      # of the decoder; None: 512, 2/3 D under a narrow encoder
-    depth:int|None=None,      # blocks of the decoder; None: 8, 2/3 of the encoder's under a narrow one
-    heads:int|None=None,      # heads of the decoder; None: 16, of 32 channels each
-)->MIM:
+    encoder: Encoder,
+    pathway: type | None = None,  # `Visible` with the decoder below; `Proxy` makes it SemanticMIM's
+    norm: bool = True,  # normalise each target patch by its own mean and variance
+    width: int | None = None,  # of the decoder; None: 512, 2/3 D under a narrow encoder
+    depth: int | None = None,  # blocks of the decoder; None: 8, 2/3 of the encoder's under a narrow one
+    heads: int | None = None,  # heads of the decoder; None: 16, of 32 channels each
+) -> MIM:
     "Encode visible patches only, predict the pixels of the others with a light decoder and an L2 loss (MAE)."
-    width = sized(width, encoder, 512, max(encoder.width*2//3//32*32, 32))
-    depth = sized(depth, encoder, 8, max(encoder.config['depth']*2//3, 1))
-    path = pathway(encoder) if pathway else Visible(encoder, width, depth, heads or width//32)
-    head = linear_head(path, 3*encoder.patch**2)
-    xavier(head)
+    width = size_or_default(width, encoder, 512, max(encoder.width * 2 // 3 // 32 * 32, 32))
+    depth = size_or_default(depth, encoder, 8, max(encoder.config['depth'] * 2 // 3, 1))
+    path = pathway(encoder) if pathway else Visible(encoder, width, depth, heads or width // 32)
+    head = linear_head(path, 3 * encoder.patch**2)
+    init_xavier(head)
     return MIM(path, head, Pixels(encoder.patch, norm), masked_mse)

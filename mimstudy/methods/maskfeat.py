@@ -15,10 +15,10 @@ from ..parts.pathways import Joint
 
 # %% ../../nbs/methods/maskfeat.ipynb #213617c6
 def maskfeat(
-    encoder:Encoder,
-    pathway:type=Joint,   # SemanticMIM's baseline; `Proxy` makes it SemanticMIM's own
-    window:bool=True,     # weight gradients by a Gaussian window, as SemanticMIM's release; SlowFast's MaskFeat does not
-)->MIM:
+    encoder: Encoder,
+    pathway: type = Joint,  # SemanticMIM's baseline; `Proxy` makes it SemanticMIM's own
+    window: bool = True,  # weight gradients by a Gaussian window, as SemanticMIM's release; SlowFast's MaskFeat does not
+) -> MIM:
     "Predict the HOG of hidden patches with a linear head and an L2 loss (MaskFeat)."
     path, target = pathway(encoder), HOG(encoder.patch, window=window)
     return MIM(path, linear_head(path, target.K), target, masked_mse)

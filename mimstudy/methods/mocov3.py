@@ -13,93 +13,115 @@ from ..core.errors import StudyError
 from ..core.task import Batch, Task
 from ..parts.crop_features import view_features
 from ..parts.encoder import Encoder
-from ..parts.followers import Followers
-from ..parts.heads import sized
+from ..parts.ema import EMATeacher
+from ..parts.heads import size_or_default
 from ..parts.mlp_heads import batch_mlp
 from ..parts.position_embedding import sincos_positions
-from ..parts.visible import xavier
+from ..parts.visible import init_xavier
 
 # %% ../../nbs/methods/mocov3.ipynb #f176359a
 def gather_keys(
-    keys:Tensor,          # (B,K) of this process, without a gradient
-)->tuple[Tensor, int]:    # the keys of all processes, and where this one's begin
+    keys: Tensor,  # (B,K) of this process, without a gradient
+) -> tuple[Tensor, int]:  # the keys of all processes, and where this one's begin
     "The keys of every process; in a single one, its own."
-    if not torch.distributed.is_initialized(): return keys, 0
+    if not torch.distributed.is_initialized():
+        return keys, 0
     everyone = [torch.empty_like(keys) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(everyone, keys.contiguous())
-    return torch.cat(everyone), torch.distributed.get_rank()*len(keys)
+    return torch.cat(everyone), torch.distributed.get_rank() * len(keys)
+
 
 def contrast(
-    q:Tensor,        # (B,K) queries
-    k:Tensor,        # (B,K) keys: row i belongs to query i
-    tau:float=.2,    # temperature τ
-)->Tensor:
+    q: Tensor,  # (B,K) queries
+    k: Tensor,  # (B,K) keys: row i belongs to query i
+    tau: float = 0.2,  # temperature τ
+) -> Tensor:
     "Find each query's own key among those of all images, times 2τ (MoCo v3 eq. 1)."
     keys, begin = gather_keys(F.normalize(k.detach().float(), dim=1))
-    with torch.autocast(q.device.type, enabled=False): logits = F.normalize(q.float(), dim=1)@keys.T/tau
-    return F.cross_entropy(logits, begin + torch.arange(len(q), device=q.device))*(2*tau)
+    with torch.autocast(q.device.type, enabled=False):
+        logits = F.normalize(q.float(), dim=1) @ keys.T / tau
+    return F.cross_entropy(logits, begin + torch.arange(len(q), device=q.device)) * (2 * tau)
 
 # %% ../../nbs/methods/mocov3.ipynb #eb6365a5
 @torch.no_grad()
 def begin(
-    encoder:Encoder,
-    freeze_patch_embed:bool=True,   # leave the random patch projection as it is (MoCo v3 §4.2)
-    fixed_positions:bool=True,      # fixed sine and cosine positions, as in the release
-)->None:
+    encoder: Encoder,
+    freeze_patch_embed: bool = True,  # leave the random patch projection as it is (MoCo v3 §4.2)
+    fixed_positions: bool = True,  # fixed sine and cosine positions, as in the release
+) -> None:
     "Give an encoder MoCo v3's initial weights, and say what of it is not trained."
-    xavier(encoder.blocks)
-    for block in encoder.blocks: nn.init.uniform_(block.attn.qkv.weight, -(3/encoder.width)**.5, (3/encoder.width)**.5)
+    init_xavier(encoder.blocks)
+    for block in encoder.blocks:
+        nn.init.uniform_(block.attn.qkv.weight, -((3 / encoder.width) ** 0.5), (3 / encoder.width) ** 0.5)
     nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.view(encoder.width, -1))
     nn.init.normal_(encoder.cls_token, std=1e-6)
     encoder.patch_embed.requires_grad_(not freeze_patch_embed)
-    if fixed_positions and encoder.pos_embed is not None:   # an encoder with relative positions keeps those
-        encoder.pos_embed = nn.Parameter(sincos_positions(encoder.width, encoder.grid, encoder.P, first='row'), requires_grad=False)
+    if fixed_positions and encoder.pos_embed is not None:  # an encoder with relative positions keeps those
+        encoder.pos_embed = nn.Parameter(
+            sincos_positions(encoder.width, encoder.grid, encoder.P, first='row'), requires_grad=False
+        )
 
 # %% ../../nbs/methods/mocov3.ipynb #92b315c2
 class MoCoV3(Task):
     "Find the other crop of the same image among all images of the batch; options as in `mocov3`."
-    sync_batch_norm = True   # as in the release
+
+    sync_batch_norm = True  # as in the release
     separate_crops = True
 
     def __init__(self, encoder, tau, momentum, hidden, out, freeze_patch_embed, fixed_positions):
         super().__init__()
         begin(encoder, freeze_patch_embed, fixed_positions)
         self.encoder, self.tau = encoder, tau
-        self.projector, self.predictor = batch_mlp(3, encoder.width, hidden, out), batch_mlp(2, out, hidden, out)
-        self.slow = Followers(self, ['encoder', 'projector'], momentum)
+        self.projector, self.predictor = (
+            batch_mlp(3, encoder.width, hidden, out),
+            batch_mlp(2, out, hidden, out),
+        )
+        self.teacher = EMATeacher({'encoder': self.encoder, 'projector': self.projector}, momentum)
 
     @property
-    def teacher(self)->Encoder: return self.slow.encoder
+    def teacher_encoder(self) -> Encoder:
+        return self.teacher.encoder
 
-    def queries(self, views:list[Tensor])->list[Tensor]:
+    def queries(self, views: list[Tensor]) -> list[Tensor]:
         "What the student makes of each of two views, (B,K); batch norms see one view at a time."
         return [self.predictor(self.projector(z)) for z in view_features(self.encoder, views).chunk(2)]
 
     @torch.no_grad()
-    def keys(self, views:list[Tensor])->list[Tensor]:
+    def keys(self, views: list[Tensor]) -> list[Tensor]:
         "What the slow copy makes of each of two views, (B,K)."
-        return [self.slow.projector(z) for z in view_features(self.slow.encoder, views).chunk(2)]
+        return [self.teacher.projector(z) for z in view_features(self.teacher.encoder, views).chunk(2)]
 
-    def forward(self, batch:Batch, progress:float)->dict[str, Tensor]:
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         "The symmetric contrast of the first two views; fewer views or a batch of one are a `StudyError`."
-        if len(batch.views) < 2: raise StudyError("mocov3 needs two crops of each image; set the recipe's views to 'two'")
-        if self.training and len(batch.views[0]) < 2: raise StudyError('mocov3 compares images with one another and needs at least 2 in a batch')
+        if len(batch.views) < 2:
+            raise StudyError("mocov3 needs two crops of each image; set the recipe's views to 'two'")
+        if self.training and len(batch.views[0]) < 2:
+            raise StudyError('mocov3 compares images with one another and needs at least 2 in a batch')
         (q1, q2), (k1, k2) = self.queries(batch.views[:2]), self.keys(batch.views[:2])
         return {'loss': contrast(q1, k2, self.tau) + contrast(q2, k1, self.tau)}
 
-    def after_step(self, progress:float)->None:
+    def after_step(self, progress: float) -> None:
         "Let the slow copy follow."
-        self.slow.after_step(progress)
+        self.teacher.after_step(progress)
 
 # %% ../../nbs/methods/mocov3.ipynb #d2d6f95d
 def mocov3(
-    encoder:Encoder,
-    tau:float=.2,                   # temperature τ, as published for ViTs
-    momentum:float=.99,             # α at the start; 0 makes the slow copy the student itself
-    hidden:int|None=None,           # width of the inner layers of projector and predictor; None: 4096, 4 D under a narrow encoder
-    out:int=256,                    # width of queries and keys
-    freeze_patch_embed:bool=True,   # leave the random patch projection as it is
-    fixed_positions:bool=True,      # fixed sine and cosine positions
-)->MoCoV3:
+    encoder: Encoder,
+    tau: float = 0.2,  # temperature τ, as published for ViTs
+    momentum: float = 0.99,  # α at the start; 0 makes the slow copy the student itself
+    hidden: int
+    | None = None,  # width of the inner layers of projector and predictor; None: 4096, 4 D under a narrow encoder
+    out: int = 256,  # width of queries and keys
+    freeze_patch_embed: bool = True,  # leave the random patch projection as it is
+    fixed_positions: bool = True,  # fixed sine and cosine positions
+) -> MoCoV3:
     "Tell images from one another by any of their crops (MoCo v3)."
-    return MoCoV3(encoder, tau, momentum, sized(hidden, encoder, 4096, 4*encoder.width), out, freeze_patch_embed, fixed_positions)
+    return MoCoV3(
+        encoder,
+        tau,
+        momentum,
+        size_or_default(hidden, encoder, 4096, 4 * encoder.width),
+        out,
+        freeze_patch_embed,
+        fixed_positions,
+    )

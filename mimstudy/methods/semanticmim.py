@@ -17,12 +17,16 @@ from ..parts.proxy import Proxy
 
 # %% ../../nbs/methods/semanticmim.ipynb #d3e390d9
 def semanticmim(
-    method:Callable,   # the constructor of a masked-image-modelling method, with an option `pathway`
-)->Callable:           # the constructor of the same method with proxies
+    method: Callable,  # the constructor of a masked-image-modelling method, with an option `pathway`
+) -> Callable:  # the constructor of the same method with proxies
     "The method with SemanticMIM's proxy pathway in place of its own (§3.3)."
-    if 'pathway' not in signature(method).parameters: raise StudyError(f'{method.__name__} is no masked image modelling: it has no pathway to exchange')
+    if 'pathway' not in signature(method).parameters:
+        raise StudyError(f'{method.__name__} is no masked image modelling: it has no pathway to exchange')
+
     @wraps(method)
-    def with_proxies(encoder:Encoder, **options)->MIM: return method(encoder, pathway=Proxy, **options)
+    def with_proxies(encoder: Encoder, **options) -> MIM:
+        return method(encoder, pathway=Proxy, **options)
+
     with_proxies.__name__ = f'semanticmim({method.__name__})'
     with_proxies.__doc__ = f'Through proxies: {method.__doc__}'
     parameters = [p for p in signature(method).parameters.values() if p.name != 'pathway']

@@ -15,10 +15,10 @@ from ..parts.targets import Pixels
 
 # %% ../../nbs/methods/simmim.ipynb #c3d03850
 def simmim(
-    encoder:Encoder,
-    pathway:type=Substitute,  # mask tokens in place; `Proxy` makes it SemanticMIM's
-    norm:bool=False,          # whether each target patch is normalised by its own mean and variance
-)->MIM:
+    encoder: Encoder,
+    pathway: type = Substitute,  # mask tokens in place; `Proxy` makes it SemanticMIM's
+    norm: bool = False,  # whether each target patch is normalised by its own mean and variance
+) -> MIM:
     "Predict the pixels of hidden patches with a linear head and an L1 loss (SimMIM)."
     path = pathway(encoder)
-    return MIM(path, linear_head(path, 3*encoder.patch**2), Pixels(encoder.patch, norm), masked_l1)
+    return MIM(path, linear_head(path, 3 * encoder.patch**2), Pixels(encoder.patch, norm), masked_l1)

@@ -12,21 +12,24 @@ from torch import Tensor, nn
 # %% ../../nbs/parts/52_centering.ipynb #df4fba3a
 class Centre(nn.Module):
     "The running mean of a teacher's logits, taken away before its softmax (DINO eq. 4)."
-    def __init__(self,
-        out:int,             # K
-        momentum:float=.9,   # m; 1 leaves the centre at zero, which is a teacher without centring
+
+    def __init__(
+        self,
+        out: int,  # K
+        momentum: float = 0.9,  # m; 1 leaves the centre at zero, which is a teacher without centring
     ):
         super().__init__()
         self.momentum = momentum
         self.register_buffer('value', torch.zeros(out))
-        for name, shape in (('noted', (out,)), ('batches', ())): self.register_buffer(name, torch.zeros(shape), persistent=False)
+        for name, shape in (('noted', (out,)), ('batches', ())):
+            self.register_buffer(name, torch.zeros(shape), persistent=False)
 
-    def forward(self, logits:Tensor, tau:float)->Tensor:
+    def forward(self, logits: Tensor, tau: float) -> Tensor:
         "The teacher's distribution (…,K): centred, sharpened, float32, without a gradient."
-        return ((logits.detach().float() - self.value)/tau).softmax(-1)
+        return ((logits.detach().float() - self.value) / tau).softmax(-1)
 
     @torch.no_grad()
-    def note(self, logits:Tensor)->None:
+    def accumulate(self, logits: Tensor) -> None:
         "Remember the mean of a batch's logits (…,K), over all processes, for the next `after_step`."
         mean = logits.float().flatten(0, -2).mean(0)
         if torch.distributed.is_initialized():
@@ -36,38 +39,44 @@ class Centre(nn.Module):
         self.batches += 1
 
     @torch.no_grad()
-    def after_step(self)->None:
+    def after_step(self) -> None:
         "Move the centre towards what was noted since the last step; nothing noted, nothing moved."
-        step = (1 - self.momentum)*(self.batches > 0)
-        self.value.lerp_(self.noted/self.batches.clamp(min=1), step)
+        step = (1 - self.momentum) * (self.batches > 0)
+        self.value.lerp_(self.noted / self.batches.clamp(min=1), step)
         self.noted.zero_(), self.batches.zero_()
 
 # %% ../../nbs/parts/52_centering.ipynb #299895f0
 def teacher_temperature(
-    taus:tuple[float, float],   # τ_t at the start and after the warm-up; DINO (.04, .07)
-    warmup:float,               # share of the training that the warm-up takes
-    progress:float,             # 0 … 1
-)->float:
+    taus: tuple[float, float],  # τ_t at the start and after the warm-up; DINO (.04, .07)
+    warmup: float,  # share of the training that the warm-up takes
+    progress: float,  # 0 … 1
+) -> float:
     "The teacher's temperature, on a line between two values and then constant."
-    return taus[0] + (taus[1] - taus[0])*min(1., progress/warmup if warmup else 1.)
+    return taus[0] + (taus[1] - taus[0]) * min(1.0, progress / warmup if warmup else 1.0)
 
 # %% ../../nbs/parts/52_centering.ipynb #bd6c5004
 def cross_view_ce(
-    student:Tensor,   # (V,B,K) logits of all views, those that the teacher also sees first
-    target:Tensor,    # (Q,B,K) the teacher's distributions
-    tau:float=.1,     # τ_s
-)->Tensor:
+    student: Tensor,  # (V,B,K) logits of all views, those that the teacher also sees first
+    target: Tensor,  # (Q,B,K) the teacher's distributions
+    tau: float = 0.1,  # τ_s
+) -> Tensor:
     "Mean cross-entropy between every teacher's view and all student's views but the same one (DINO eq. 3)."
     with torch.autocast(student.device.type, enabled=False):
-        pairs = -torch.einsum('qbk,vbk->qv', target.float(), (student.float()/tau).log_softmax(-1))/student.shape[1]
+        pairs = (
+            -torch.einsum('qbk,vbk->qv', target.float(), (student.float() / tau).log_softmax(-1))
+            / student.shape[1]
+        )
     other = 1 - torch.eye(*pairs.shape, device=pairs.device)
-    return (pairs*other).sum()/other.sum()
+    return (pairs * other).sum() / other.sum()
 
 # %% ../../nbs/parts/52_centering.ipynb #a902f509
 def target_entropy(
-    target:Tensor,   # (…,K) the teacher's distributions
-)->tuple[Tensor, Tensor]:
+    target: Tensor,  # (…,K) the teacher's distributions
+) -> tuple[Tensor, Tensor]:
     "Mean entropy of the distributions, and the entropy of their mean less it, in nats."
-    def entropy(p): return -torch.special.xlogy(p, p).sum(-1)
+
+    def entropy(p):
+        return -torch.special.xlogy(p, p).sum(-1)
+
     mean = entropy(target).mean()
     return mean, entropy(target.flatten(0, -2).mean(0)) - mean

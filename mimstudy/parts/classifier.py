@@ -17,48 +17,60 @@ from .encoder import Encoder
 
 # %% ../../nbs/parts/44_classifier.ipynb #9436f748
 def blend(
-    mixup:Mixup,     # timm's mixup and cutmix
-    x:Tensor,        # (B,3,S,S), B even: each image is blended with one of the other half
-    label:Tensor,    # (B,) class ids
-)->tuple[Tensor, Tensor]:  # images (B,3,S,S) and soft targets (B,K)
+    mixup: Mixup,  # timm's mixup and cutmix
+    x: Tensor,  # (B,3,S,S), B even: each image is blended with one of the other half
+    label: Tensor,  # (B,) class ids
+) -> tuple[Tensor, Tensor]:  # images (B,3,S,S) and soft targets (B,K)
     "Mixup or cutmix of a batch, drawn from PyTorch's generator; an odd batch is a `StudyError`."
-    if len(x) % 2: raise StudyError(f'mixup blends images in pairs, so the batch must be even, not {len(x)}; switch it off with mixup=0 and cutmix=0')
+    if len(x) % 2:
+        raise StudyError(
+            f'mixup blends images in pairs, so the batch must be even, not {len(x)}; switch it off with mixup=0 and cutmix=0'
+        )
     kept = np.random.get_state()
     np.random.seed(int(torch.randint(2**31, ())))
-    try: return mixup(x.clone(), label)
-    finally: np.random.set_state(kept)
+    try:
+        return mixup(x.clone(), label)
+    finally:
+        np.random.set_state(kept)
 
 # %% ../../nbs/parts/44_classifier.ipynb #31a6b712
 class Classifier(Task):
     "An encoder with a linear head that is told the classes."
-    def __init__(self,
-        encoder:Encoder,
-        classes:int,              # K
-        mixup:float=.8,           # α of mixup's Beta distribution; 0 for none
-        cutmix:float=1.,          # α of cutmix's
-        smoothing:float=.1,       # label smoothing
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        classes: int,  # K
+        mixup: float = 0.8,  # α of mixup's Beta distribution; 0 for none
+        cutmix: float = 1.0,  # α of cutmix's
+        smoothing: float = 0.1,  # label smoothing
     ):
         super().__init__()
         self.encoder, self.head, self.smoothing = encoder, nn.Linear(encoder.width, classes), smoothing
-        self.mixup = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes) if mixup or cutmix else None
-        nn.init.trunc_normal_(self.head.weight, std=.02)
+        self.mixup = (
+            Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes) if mixup or cutmix else None
+        )
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def pooled(self,
-        x:Tensor,   # (B,3,S,S) normalised images
-    )->Tensor:      # (B,D)
+    def pooled(
+        self,
+        x: Tensor,  # (B,3,S,S) normalised images
+    ) -> Tensor:  # (B,D)
         "What the head reads."
-        return self.encoder.forward_features(x)[:, :self.encoder.P].mean(1)
+        return self.encoder.forward_features(x)[:, : self.encoder.P].mean(1)
 
-    def predict(self,
-        x:Tensor,   # (B,3,S,S) normalised images
-    )->Tensor:      # (B,K) logits
+    def predict(
+        self,
+        x: Tensor,  # (B,3,S,S) normalised images
+    ) -> Tensor:  # (B,K) logits
         "Which class each image shows."
         return self.head(self.pooled(x))
 
-    def forward(self, batch:Batch, progress:float)->dict[str, Tensor]:
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         "Cross-entropy with blended and smoothed labels."
         x, label = batch.views[0], batch.label
-        if self.mixup is None: return {'loss': F.cross_entropy(self.predict(x).float(), label, label_smoothing=self.smoothing)}
+        if self.mixup is None:
+            return {'loss': F.cross_entropy(self.predict(x).float(), label, label_smoothing=self.smoothing)}
         x, label = blend(self.mixup, x, label)
         return {'loss': F.cross_entropy(self.predict(x).float(), label)}

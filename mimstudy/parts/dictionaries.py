@@ -15,34 +15,34 @@ from .masks import Mask
 
 # %% ../../nbs/parts/42_dictionaries.ipynb #e17dccbe
 def normalize_both(
-    pred:Tensor,   # (B,M,D)
-    keys:Tensor,   # (B,N,D)
-)->tuple[Tensor, Tensor]:
+    pred: Tensor,  # (B,M,D)
+    keys: Tensor,  # (B,N,D)
+) -> tuple[Tensor, Tensor]:
     "Predictions and keys of length one in float32, the keys without a gradient (ConMIM eq. 3, sg[·])."
     return F.normalize(pred.float(), dim=-1), F.normalize(keys.detach().float(), dim=-1)
 
 # %% ../../nbs/parts/42_dictionaries.ipynb #5753076c
 def device_contrast(
-    pred:Tensor,     # (B,M,D) features of predicted patches, f(x̂)
-    keys:Tensor,     # (B,N,D) features of all patches of the full images, f(x)
-    mask:Mask,
-    tau:float=.1,    # temperature τ
-)->Tensor:
+    pred: Tensor,  # (B,M,D) features of predicted patches, f(x̂)
+    keys: Tensor,  # (B,N,D) features of all patches of the full images, f(x)
+    mask: Mask,
+    tau: float = 0.1,  # temperature τ
+) -> Tensor:
     "Look each predicted patch up among all patches of all images on the device (ConMIM Table 5)."
-    own = mask.predict + keys.shape[1]*torch.arange(len(keys), device=keys.device)[:, None]
+    own = mask.predict + keys.shape[1] * torch.arange(len(keys), device=keys.device)[:, None]
     with torch.autocast(pred.device.type, enabled=False):
         q, k = normalize_both(pred, keys)
-        each = F.cross_entropy(q.flatten(0, 1) @ k.flatten(0, 1).T/tau, own.flatten(), reduction='none')
+        each = F.cross_entropy(q.flatten(0, 1) @ k.flatten(0, 1).T / tau, own.flatten(), reduction='none')
     return masked_mean(each.view(mask.predict.shape), mask)
 
 # %% ../../nbs/parts/42_dictionaries.ipynb #3ad40e44
 def filtered_contrast(
-    pred:Tensor,        # (B,M,D) features of predicted patches, the anchors
-    keys:Tensor,        # (B,N,D) features of all patches of the full image
-    mask:Mask,
-    tau:float=.1,       # temperature τ
-    similar:float=.9,   # negatives with a greater cosine with the anchor are left out
-)->Tensor:
+    pred: Tensor,  # (B,M,D) features of predicted patches, the anchors
+    keys: Tensor,  # (B,N,D) features of all patches of the full image
+    mask: Mask,
+    tau: float = 0.1,  # temperature τ
+    similar: float = 0.9,  # negatives with a greater cosine with the anchor are left out
+) -> Tensor:
     "Eq. (3) without the negatives that are too similar to the anchor; an anchor that none is left to is a `StudyError`."
     with torch.autocast(pred.device.type, enabled=False):
         q, k = normalize_both(pred, keys)
@@ -50,24 +50,33 @@ def filtered_contrast(
         own = F.one_hot(mask.predict, keys.shape[1]).bool()
         out = (cosine.detach() > similar) & ~own
         if bool((out | own).all(-1).any()):
-            raise StudyError(f'a threshold of {similar} leaves an anchor without any negative key; take a higher one, at most 1')
-        each = F.cross_entropy((cosine/tau).masked_fill(out, -torch.inf).flatten(0, 1), mask.predict.flatten(), reduction='none')
+            raise StudyError(
+                f'a threshold of {similar} leaves an anchor without any negative key; take a higher one, at most 1'
+            )
+        each = F.cross_entropy(
+            (cosine / tau).masked_fill(out, -torch.inf).flatten(0, 1),
+            mask.predict.flatten(),
+            reduction='none',
+        )
     return masked_mean(each.view(mask.predict.shape), mask)
 
 # %% ../../nbs/parts/42_dictionaries.ipynb #a692939d
 def instance_contrast(
-    pred:Tensor,     # (B,M,D) features of the student's patches
-    keys:Tensor,     # (B,N,D) features of the slow copy's patches
-    mask:Mask,       # nothing hidden, everything predicted
-    tau:float=.1,    # temperature τ
-)->Tensor:
+    pred: Tensor,  # (B,M,D) features of the student's patches
+    keys: Tensor,  # (B,N,D) features of the slow copy's patches
+    mask: Mask,  # nothing hidden, everything predicted
+    tau: float = 0.1,  # temperature τ
+) -> Tensor:
     "Find each image by its average patch among those of the batch (ConMIM Table 4); one image alone is a `StudyError`."
-    if len(pred) < 2: raise StudyError('instance contrast compares images with one another and needs at least 2 in a batch')
+    if len(pred) < 2:
+        raise StudyError('instance contrast compares images with one another and needs at least 2 in a batch')
     weight = torch.ones_like(mask.predict, dtype=torch.float) if mask.weight is None else mask.weight
     with torch.autocast(pred.device.type, enabled=False):
-        average = (pred.float()*weight[..., None]).sum(1)/weight.sum(1, keepdim=True)
+        average = (pred.float() * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
         q, k = normalize_both(average, keys.float().mean(1))
-        return F.cross_entropy(q @ k.T/tau, torch.arange(len(q), device=q.device))
+        return F.cross_entropy(q @ k.T / tau, torch.arange(len(q), device=q.device))
 
 # %% ../../nbs/parts/42_dictionaries.ipynb #ad4ccaa5
-DICTIONARIES = dict(image=patch_contrast, device=device_contrast, filtered=filtered_contrast, instance=instance_contrast)
+DICTIONARIES = dict(
+    image=patch_contrast, device=device_contrast, filtered=filtered_contrast, instance=instance_contrast
+)

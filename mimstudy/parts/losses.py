@@ -13,55 +13,59 @@ from .masks import Mask, gather
 
 # %% ../../nbs/parts/40_losses.ipynb #5e7c0eb7
 def masked_mean(
-    each:Tensor,   # (B,M) one value per predicted patch
-    mask:Mask,     # says which of them are padding
-)->Tensor:
+    each: Tensor,  # (B,M) one value per predicted patch
+    mask: Mask,  # says which of them are padding
+) -> Tensor:
     "Mean over all predicted patches of the batch."
-    return each.mean() if mask.weight is None else (each*mask.weight).sum()/mask.weight.sum()
+    return each.mean() if mask.weight is None else (each * mask.weight).sum() / mask.weight.sum()
 
 # %% ../../nbs/parts/40_losses.ipynb #4d78136c
 def masked_l1(
-    pred:Tensor,     # (B,M,K) predictions at `mask.predict`
-    target:Tensor,   # (B,N,K)
-    mask:Mask,
-)->Tensor:
+    pred: Tensor,  # (B,M,K) predictions at `mask.predict`
+    target: Tensor,  # (B,N,K)
+    mask: Mask,
+) -> Tensor:
     "Mean absolute error over predicted patches and channels (SimMIM)."
     return masked_mean((pred.float() - gather(target, mask.predict).float()).abs().mean(-1), mask)
 
+
 def masked_mse(
-    pred:Tensor,     # (B,M,K) predictions at `mask.predict`
-    target:Tensor,   # (B,N,K)
-    mask:Mask,
-)->Tensor:
+    pred: Tensor,  # (B,M,K) predictions at `mask.predict`
+    target: Tensor,  # (B,N,K)
+    mask: Mask,
+) -> Tensor:
     "Mean squared error over predicted patches and channels (MaskFeat, MAE)."
     return masked_mean((pred.float() - gather(target, mask.predict).float()).square().mean(-1), mask)
 
 # %% ../../nbs/parts/40_losses.ipynb #a3d7701d
 def masked_ce(
-    pred:Tensor,     # (B,M,K) logits at `mask.predict`
-    target:Tensor,   # (B,N) codes
-    mask:Mask,
-)->Tensor:
+    pred: Tensor,  # (B,M,K) logits at `mask.predict`
+    target: Tensor,  # (B,N) codes
+    mask: Mask,
+) -> Tensor:
     "Mean cross-entropy over predicted patches (BEiT; ConMIM eq. 2)."
-    each = F.cross_entropy(pred.float().flatten(0, 1), gather(target, mask.predict).flatten(), reduction='none')
+    each = F.cross_entropy(
+        pred.float().flatten(0, 1), gather(target, mask.predict).flatten(), reduction='none'
+    )
     return masked_mean(each.reshape(pred.shape[:2]), mask)
 
 # %% ../../nbs/parts/40_losses.ipynb #78d96ae3
 def patch_contrast(
-    pred:Tensor,     # (B,M,D) features of predicted patches, f(x̂)
-    keys:Tensor,     # (B,N,D) features of all patches of the full image, f(x)
-    mask:Mask,
-    tau:float=.1,    # temperature τ (ConMIM Table 8)
-)->Tensor:
+    pred: Tensor,  # (B,M,D) features of predicted patches, f(x̂)
+    keys: Tensor,  # (B,N,D) features of all patches of the full image, f(x)
+    mask: Mask,
+    tau: float = 0.1,  # temperature τ (ConMIM Table 8)
+) -> Tensor:
     "Look each predicted patch up among all patches of its own image (ConMIM eq. 3)."
-    with torch.autocast(pred.device.type, enabled=False):   # similarities in float32, whatever surrounds them
+    with torch.autocast(pred.device.type, enabled=False):  # similarities in float32, whatever surrounds them
         pred, keys = F.normalize(pred.float(), dim=-1), F.normalize(keys.detach().float(), dim=-1)
-        return masked_logits_ce(pred @ keys.transpose(1, 2)/tau, mask)
+        return masked_logits_ce(pred @ keys.transpose(1, 2) / tau, mask)
+
 
 def masked_logits_ce(
-    logits:Tensor,   # (B,M,N) similarity of each predicted patch with each key
-    mask:Mask,
-)->Tensor:
+    logits: Tensor,  # (B,M,N) similarity of each predicted patch with each key
+    mask: Mask,
+) -> Tensor:
     "Cross-entropy of finding one's own position among the keys."
     each = F.cross_entropy(logits.flatten(0, 1), mask.predict.flatten(), reduction='none')
     return masked_mean(each.reshape(mask.predict.shape), mask)

@@ -15,33 +15,40 @@ from .encoder import Encoder
 # %% ../../nbs/parts/00_mim.ipynb #788fd75d
 class MIM(Task):
     "Masked image modelling: a pathway through the encoder, a head, a target and a criterion (SemanticMIM §3.1)."
-    def __init__(self,
-        pathway:nn.Module,    # (x, mask) -> hidden states; has `.encoder` and `.select`
-        head:nn.Module,       # (…,D) -> (…,K)
-        target:nn.Module,     # batch -> (B,N,K) or codes (B,N)
-        criterion:Callable,   # (pred (B,M,K), target, mask) -> scalar
+
+    def __init__(
+        self,
+        pathway: nn.Module,  # (x, mask) -> hidden states; has `.encoder` and `.select`
+        head: nn.Module,  # (…,D) -> (…,K)
+        target: nn.Module,  # batch -> (B,N,K) or codes (B,N)
+        criterion: Callable,  # (pred (B,M,K), target, mask) -> scalar
     ):
         super().__init__()
         self.pathway, self.head, self.target, self.criterion = pathway, head, target, criterion
 
     @property
-    def encoder(self)->Encoder: return self.pathway.encoder
+    def encoder(self) -> Encoder:
+        return self.pathway.encoder
 
     @property
-    def teacher(self)->Encoder|None: return getattr(self.target, 'encoder', None)
+    def teacher_encoder(self) -> Encoder | None:
+        return getattr(self.target, 'teacher_encoder', None)
 
-    def predict(self,
-        batch:Batch,   # views[0] and the mask
-    )->Tensor:         # (B,M,K)
+    def predict(
+        self,
+        batch: Batch,  # views[0] and the mask
+    ) -> Tensor:  # (B,M,K)
         "What the method says about the hidden patches."
         hidden = self.pathway(batch.views[0], batch.mask)
-        if getattr(self.head, 'across', False): return self.pathway.select(self.head(hidden), batch.mask)
+        if getattr(self.head, 'needs_all_tokens', False):
+            return self.pathway.select(self.head(hidden), batch.mask)
         return self.head(self.pathway.select(hidden, batch.mask))
 
-    def forward(self, batch:Batch, progress:float)->dict[str, Tensor]:
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         "The loss of one batch."
         return {'loss': self.criterion(self.predict(batch), self.target(batch), batch.mask)}
 
-    def after_step(self, progress:float)->None:
+    def after_step(self, progress: float) -> None:
         "Let a target that follows the student move."
-        if hasattr(self.target, 'after_step'): self.target.after_step(progress)
+        if hasattr(self.target, 'after_step'):
+            self.target.after_step(progress)

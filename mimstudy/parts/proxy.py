@@ -17,18 +17,25 @@ from .pathways import check_equal_counts, mask_token
 # %% ../../nbs/parts/25_proxy.ipynb #3ead701d
 class CrossAttention(nn.Module):
     "Multi-head attention whose queries are the last M of the tokens it attends to."
-    def __init__(self,
-        width:int,  # D
-        heads:int,  # H
+
+    def __init__(
+        self,
+        width: int,  # D
+        heads: int,  # H
     ):
         super().__init__()
         self.heads = heads
-        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2*width), nn.Linear(width, width)
+        self.q, self.kv, self.proj = (
+            nn.Linear(width, width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(width, width),
+        )
 
-    def forward(self,
-        z:Tensor,        # (B,P+M,D) normalised proxies and mask tokens
-        queries:int,     # M, the tokens at the end that ask
-    )->Tensor:           # (B,M,D)
+    def forward(
+        self,
+        z: Tensor,  # (B,P+M,D) normalised proxies and mask tokens
+        queries: int,  # M, the tokens at the end that ask
+    ) -> Tensor:  # (B,M,D)
         "Let the last `queries` tokens attend to all of `z`."
         B, T, D = z.shape
         q = self.q(z[:, -queries:]).reshape(B, queries, self.heads, -1).transpose(1, 2)
@@ -38,25 +45,34 @@ class CrossAttention(nn.Module):
 # %% ../../nbs/parts/25_proxy.ipynb #50c981bc
 class CrossBlock(nn.Module):
     "One layer of reconstruction (SemanticMIM eq. 4), shaped like a timm block."
-    def __init__(self,
-        width:int,                 # D
-        heads:int,                 # H
-        mlp_ratio:float=4.,        # hidden width of the MLP over D
-        layer_scale:float|None=None,
-        drop_path:float=0.,
-        mlp_drops:int=1,           # how often the MLP branch may be dropped
+
+    def __init__(
+        self,
+        width: int,  # D
+        heads: int,  # H
+        mlp_ratio: float = 4.0,  # hidden width of the MLP over D
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        mlp_drops: int = 1,  # how often the MLP branch may be dropped
     ):
         super().__init__()
         scale = lambda: LayerScale(width, init_values=layer_scale) if layer_scale else nn.Identity()
         self.norm1, self.attn, self.ls1 = nn.LayerNorm(width, eps=1e-6), CrossAttention(width, heads), scale()
-        self.norm2, self.mlp, self.ls2 = nn.LayerNorm(width, eps=1e-6), Mlp(width, int(width*mlp_ratio)), scale()
-        self.drop_path1, self.drop_path2 = (DropPath(drop_path) if drop_path else nn.Identity() for _ in range(2))
+        self.norm2, self.mlp, self.ls2 = (
+            nn.LayerNorm(width, eps=1e-6),
+            Mlp(width, int(width * mlp_ratio)),
+            scale(),
+        )
+        self.drop_path1, self.drop_path2 = (
+            DropPath(drop_path) if drop_path else nn.Identity() for _ in range(2)
+        )
         set_mlp_drops([self], mlp_drops)
 
-    def forward(self,
-        m:Tensor,        # (B,M,D) mask tokens
-        proxies:Tensor,  # (B,P,D) as this layer of the encoder left them
-    )->Tensor:           # (B,M,D)
+    def forward(
+        self,
+        m: Tensor,  # (B,M,D) mask tokens
+        proxies: Tensor,  # (B,P,D) as this layer of the encoder left them
+    ) -> Tensor:  # (B,M,D)
         "Update the mask tokens from the proxies and from themselves."
         z = self.norm1(torch.cat([proxies, m.to(proxies.dtype)], 1))
         m = m + self.drop_path1(self.ls1(self.attn(z, m.shape[1])))
@@ -65,20 +81,25 @@ class CrossBlock(nn.Module):
 # %% ../../nbs/parts/25_proxy.ipynb #9683625d
 class Proxy(nn.Module):
     "Compression in the encoder, reconstruction in a cross-attention stack of equal depth (SemanticMIM eq. 3 and 4)."
-    def __init__(self,
-        encoder:Encoder,   # its prefix tokens are the proxies; its initialisation is the second stack's too
+
+    def __init__(
+        self,
+        encoder: Encoder,  # its prefix tokens are the proxies; its initialisation is the second stack's too
     ):
         super().__init__()
         c = encoder.config
         self.encoder, self.width, self.mask_token = encoder, encoder.width, mask_token(encoder)
-        self.blocks = nn.ModuleList(CrossBlock(c['width'], c['heads'], c['mlp_ratio'], c['layer_scale'], rate, c['mlp_drops'])
-                                    for rate in torch.linspace(0, c['drop_path'], c['depth']).tolist())
+        self.blocks = nn.ModuleList(
+            CrossBlock(c['width'], c['heads'], c['mlp_ratio'], c['layer_scale'], rate, c['mlp_drops'])
+            for rate in torch.linspace(0, c['drop_path'], c['depth']).tolist()
+        )
         init_blocks(self.blocks, c['init'])
 
-    def forward(self,
-        x:Tensor,     # (B,3,S,S) normalised images
-        mask:Mask,    # random or unit masks; what is seen and what is asked may overlap
-    )->Tensor:        # (B,M,D) mask tokens after the final norm
+    def forward(
+        self,
+        x: Tensor,  # (B,3,S,S) normalised images
+        mask: Mask,  # random or unit masks; what is seen and what is asked may overlap
+    ) -> Tensor:  # (B,M,D) mask tokens after the final norm
         "Compress what is visible into the proxies, layer by layer, and rebuild the rest from them."
         check_equal_counts(mask, 'Proxy')
         e = self.encoder
@@ -86,7 +107,8 @@ class Proxy(nn.Module):
         m = self.mask_token + gather(e.patch_positions().expand(len(x), -1, -1), mask.predict)
         for compress, rebuild in zip(e.blocks, self.blocks):
             z = compress(z)
-            m = rebuild(m, z[:, :e.P])
+            m = rebuild(m, z[:, : e.P])
         return e.norm(m)
 
-    def select(self, hidden, mask): return hidden
+    def select(self, hidden, mask):
+        return hidden

@@ -16,53 +16,102 @@ from matplotlib.lines import Line2D
 from ..core.plotting import DPI, WIDTH, NotebookFigure
 
 # %% ../../nbs/report/30_figures.ipynb #67deca04
-TOKENS = dict(prefix='prefix tokens', patch='mean of the patches')      # token of a score -> what a figure calls it
-PROTOCOLS = dict(linear='linear probe', knn='nearest neighbours')        # and a protocol
+TOKENS = dict(
+    prefix='prefix tokens', patch='mean of the patches'
+)  # token of a score -> what a figure calls it
+PROTOCOLS = dict(linear='linear probe', knn='nearest neighbours')  # and a protocol
+
 
 def _panels(count, height):
     "A figure with panels side by side on one scale."
-    figure, panels = plt.subplots(1, count, FigureClass=NotebookFigure, figsize=(WIDTH, height), dpi=DPI, sharex=True, sharey=True, layout='constrained')
+    figure, panels = plt.subplots(
+        1,
+        count,
+        FigureClass=NotebookFigure,
+        figsize=(WIDTH, height),
+        dpi=DPI,
+        sharex=True,
+        sharey=True,
+        layout='constrained',
+    )
     sns.despine(figure)
     plt.close(figure)
     return figure, panels
 
+
 def blocks_figure(
-    scores:pd.DataFrame,      # lines of `study.records.score_frame`, in the order of the legend
-    protocol:str='linear',    # which of them
-)->Figure:
+    scores: pd.DataFrame,  # lines of `study.records.score_frame`, in the order of the legend
+    protocol: str = 'linear',  # which of them
+) -> Figure:
     "A protocol's score at every block, a line an encoder, with one standard deviation over seeds; dashes are raw pixels."
-    figure, panels = _panels(len(TOKENS), .42*WIDTH)
+    figure, panels = _panels(len(TOKENS), 0.42 * WIDTH)
     scores = scores[scores.protocol == protocol]
-    known, pixels = scores[scores.block.str.isdigit() & scores.token.isin(list(TOKENS))].astype(dict(block=int)), scores[scores.token == 'pixels'].score
+    known, pixels = (
+        scores[scores.block.str.isdigit() & scores.token.isin(list(TOKENS))].astype(dict(block=int)),
+        scores[scores.token == 'pixels'].score,
+    )
     for panel, (token, name) in zip(panels, TOKENS.items()):
-        sns.lineplot(known[known.token == token], x='block', y='score', hue='label', style='label', markers=True, dashes=False, errorbar='sd', ax=panel,
-                     legend=token == 'prefix')
-        if len(pixels): panel.axhline(pixels.mean(), color='grey', linestyle='--', linewidth=1)
+        sns.lineplot(
+            known[known.token == token],
+            x='block',
+            y='score',
+            hue='label',
+            style='label',
+            markers=True,
+            dashes=False,
+            errorbar='sd',
+            ax=panel,
+            legend=token == 'prefix',
+        )
+        if len(pixels):
+            panel.axhline(pixels.mean(), color='grey', linestyle='--', linewidth=1)
         panel.set(title=name, xlabel='block', ylabel='top-1, %', xticks=sorted(known.block.unique()))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside right center', fontsize=8, frameon=False)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc='outside right center', fontsize=8, frameon=False
+    )
     panels[0].get_legend().remove()
     return figure
 
 # %% ../../nbs/report/30_figures.ipynb #1deb2670
 def methods_figure(
-    scores:pd.DataFrame,                          # lines of `study.records.score_frame`, in the order of the page
-    random:str='random initialisation',           # the label of the encoder that was not trained
-    protocols:Sequence[str]=tuple(PROTOCOLS),     # side by side
-)->Figure:
+    scores: pd.DataFrame,  # lines of `study.records.score_frame`, in the order of the page
+    random: str = 'random initialisation',  # the label of the encoder that was not trained
+    protocols: Sequence[str] = tuple(PROTOCOLS),  # side by side
+) -> Figure:
     "Each method's best block under each protocol, prefix and patches as dots; verticals are the random encoder and raw pixels."
     shown = scores[(scores.block == 'best') & (scores.label != random)]
-    figure, panels = _panels(len(protocols), max(2.2, 1. + .21*shown.label.nunique()))
+    figure, panels = _panels(len(protocols), max(2.2, 1.0 + 0.21 * shown.label.nunique()))
     colours = dict(zip(TOKENS, sns.color_palette('deep')))
     for panel, protocol in zip(panels, protocols):
-        sns.stripplot(shown[shown.protocol == protocol], x='score', y='label', hue='token', hue_order=list(TOKENS), palette=colours, jitter=False, size=6,
-                      ax=panel, legend=panel is panels[0])
-        held = scores[(scores.protocol == protocol) & ((scores.token == 'pixels') | (scores.label == random) & (scores.block == 'best'))]
-        for token, at in held.groupby('token').score.mean().items(): panel.axvline(at, color=colours.get(token, 'grey'), linestyle='--', linewidth=1, zorder=0)
+        sns.stripplot(
+            shown[shown.protocol == protocol],
+            x='score',
+            y='label',
+            hue='token',
+            hue_order=list(TOKENS),
+            palette=colours,
+            jitter=False,
+            size=6,
+            ax=panel,
+            legend=panel is panels[0],
+        )
+        held = scores[
+            (scores.protocol == protocol)
+            & ((scores.token == 'pixels') | (scores.label == random) & (scores.block == 'best'))
+        ]
+        for token, at in held.groupby('token').score.mean().items():
+            panel.axvline(at, color=colours.get(token, 'grey'), linestyle='--', linewidth=1, zorder=0)
         panel.set(title=PROTOCOLS[protocol], xlabel='top-1 at the best block, %', ylabel='')
-        panel.grid(axis='y', alpha=.3)
+        panel.grid(axis='y', alpha=0.3)
     panels[0].get_legend().remove()
-    dots = [Line2D([], [], color=colours[t], marker='o', linestyle='', label=name) for t, name in TOKENS.items()]
-    dashes = [Line2D([], [], color=colours.get(t, 'grey'), linestyle='--', linewidth=1, label=name)
-              for t, name in dict(prefix=f'{random}, prefix', patch=f'{random}, patches', pixels='raw pixels').items()]
+    dots = [
+        Line2D([], [], color=colours[t], marker='o', linestyle='', label=name) for t, name in TOKENS.items()
+    ]
+    dashes = [
+        Line2D([], [], color=colours.get(t, 'grey'), linestyle='--', linewidth=1, label=name)
+        for t, name in dict(
+            prefix=f'{random}, prefix', patch=f'{random}, patches', pixels='raw pixels'
+        ).items()
+    ]
     figure.legend(handles=dots + dashes, loc='outside lower center', ncols=3, fontsize=8, frameon=False)
     return figure

@@ -14,89 +14,136 @@ from ..core.errors import StudyError
 from ..engine.files import write_atomic
 from ..engine.config import SCALES
 from .statistics import table_records
-from .tables import BEST, LEGEND, compared, conclusions, differences, header, measured, overview, render, render_blocks, render_column
+from mimstudy.report.tables import (
+    BEST,
+    LEGEND,
+    compared,
+    conclusions,
+    differences,
+    header,
+    measured,
+    overview,
+    render,
+    render_blocks,
+    render_column,
+)
 from ..study.records import RecordStore, score_frame
 from ..papers.tables import TABLES, Table
 
 # %% ../../nbs/report/40_pages.ipynb #a232f003
 def pages(
-    results:RecordStore,
-)->list[tuple[str, str, str]]:  # table, scale, data
+    results: RecordStore,
+) -> list[tuple[str, str, str]]:  # table, scale, data
     "Which pages there are records for: tables as declared, the largest scale first."
     found, order = {(r['table'], r['scale'], r['data']) for r in results.find()}, (list(TABLES), list(SCALES))
-    return sorted((p for p in found if p[0] in TABLES), key=lambda p: (order[0].index(p[0]), -order[1].index(p[1]), p[2]))
+    return sorted(
+        (p for p in found if p[0] in TABLES),
+        key=lambda p: (order[0].index(p[0]), -order[1].index(p[1]), p[2]),
+    )
+
 
 BOLD = 'Bold: the 95 % interval leaves out 0; by chance alone one in twenty would be. With fewer than three seeds it is a hint, no more.'
 
+
 def page(
-    table:Table,
-    results:RecordStore,
-    scale:str,
-    data:str,
-)->str:
+    table: Table,
+    results: RecordStore,
+    scale: str,
+    data: str,
+) -> str:
     "All there is to say of one table at one scale on one dataset."
-    shown, parts = table_records(table, results, scale, data), [f'# {table.name}, {scale} scale, {data}', render(table, results, scale, data)]
+    shown, parts = (
+        table_records(table, results, scale, data),
+        [f'# {table.name}, {scale} scale, {data}', render(table, results, scale, data)],
+    )
     if compared(table):
         words = '\n'.join(f'- {s}' for s in conclusions(table, results, scale, data))
         parts += ['## In words', words, '## What it took', overview(table, shown)]
-    else: parts += ['## Differences', f'{differences(table, shown)}\n\n{BOLD}']
-    if blocks := render_blocks(table, results, scale, data): parts += ['## Every block', blocks]
+    else:
+        parts += ['## Differences', f'{differences(table, shown)}\n\n{BOLD}']
+    if blocks := render_blocks(table, results, scale, data):
+        parts += ['## Every block', blocks]
     return '\n\n'.join(parts) + '\n'
 
+
 def write_tables(
-    results:RecordStore,
-    folder:Path|str='',  # the folder tables of the results by default
-)->list[Path]:
+    results: RecordStore,
+    folder: Path | str = '',  # the folder tables of the results by default
+) -> list[Path]:
     "Write a page for every table, scale and dataset that has records."
-    folder, drawn = Path(folder or results.root/'tables'), {}
-    for name, scale, data in pages(results): drawn[folder/f'{name}-{scale}-{data}.md'] = page(TABLES[name], results, scale, data)
+    folder, drawn = Path(folder or results.root / 'tables'), {}
+    for name, scale, data in pages(results):
+        drawn[folder / f'{name}-{scale}-{data}.md'] = page(TABLES[name], results, scale, data)
     return [write_atomic(file, lambda path: path.write_text(text, 'utf-8')) for file, text in drawn.items()]
 
 # %% ../../nbs/report/40_pages.ipynb #46686e90
 def page_figure(
-    table:Table,
-    results:RecordStore,
-    scale:str,
-    data:str,
-)->Figure|None:   # None where nothing was trained
+    table: Table,
+    results: RecordStore,
+    scale: str,
+    data: str,
+) -> Figure | None:  # None where nothing was trained
     "The scores of one table at one scale on one dataset, drawn."
     shown = table_records(table, results, scale, data).records
-    if not any(r['features'] == 'trained' for r in shown.values()): return None
+    if not any(r['features'] == 'trained' for r in shown.values()):
+        return None
     scores = score_frame([r for row in table.rows for (name, _, _), r in shown.items() if name == row.name])
     return blocks_figure(scores) if compared(table) else methods_figure(scores)
 
 # %% ../../nbs/report/40_pages.ipynb #c0b1a6e5
 MARKERS = '<!-- results -->', '<!-- /results -->'
 
+
 def readme_block(
-    results:RecordStore,
-    link:str='results/tables',  # where the pages lie, seen from the README
-)->str:
+    results: RecordStore,
+    link: str = 'results/tables',  # where the pages lie, seen from the README
+) -> str:
     "The README's part on results: columns beside a paper's numbers from three seeds on, once; links to the others; no smoke scale."
     parts, more, told = [], [], set()
-    found = [(TABLES[name], table_records(TABLES[name], results, scale, data)) for name, scale, data in pages(results) if scale != 'smoke']
-    def seeds(shown, *protocols): return len({seed for _, seed, protocol in shown.records if not protocols or protocol in protocols})
+    found = [
+        (TABLES[name], table_records(TABLES[name], results, scale, data))
+        for name, scale, data in pages(results)
+        if scale != 'smoke'
+    ]
+
+    def seeds(shown, *protocols):
+        return len({seed for _, seed, protocol in shown.records if not protocols or protocol in protocols})
+
     for table, shown in sorted(found, key=lambda f: -seeds(f[1])):
-        title, at = f'{table.title}: {shown.scale} scale, {shown.data}', f'{link}/{table.name}-{shown.scale}-{shown.data}.md'
+        title, at = (
+            f'{table.title}: {shown.scale} scale, {shown.data}',
+            f'{link}/{table.name}-{shown.scale}-{shown.data}.md',
+        )
         if table.name in told or compared(table) and seeds(shown) < 3:
             more.append(f'- [{title}]({at})')
             continue
         told.add(table.name)
         parts += [f'### {title}', f'{header(shown)} · [every block]({at})']
         for c in measured(table, shown):
-            if compared(table) and seeds(shown, c.measure.split('/')[0]) > 2: parts += [f'**{c.label}**', render_column(table, c, shown)]
-        if compared(table): parts += ['\n'.join(f'- {s}' for s in conclusions(table, results, shown.scale, shown.data, seeds=3))]
-        else: parts += [overview(table, shown)]
-    if parts: parts += [f'{BEST} {LEGEND}']
-    return '\n\n'.join(parts + ([f'### More\n\n{chr(10).join(more)}'] if more else [])) or 'Nothing above smoke scale has been run yet.'
+            if compared(table) and seeds(shown, c.measure.split('/')[0]) > 2:
+                parts += [f'**{c.label}**', render_column(table, c, shown)]
+        if compared(table):
+            parts += [
+                '\n'.join(f'- {s}' for s in conclusions(table, results, shown.scale, shown.data, seeds=3))
+            ]
+        else:
+            parts += [overview(table, shown)]
+    if parts:
+        parts += [f'{BEST} {LEGEND}']
+    return (
+        '\n\n'.join(parts + ([f'### More\n\n{chr(10).join(more)}'] if more else []))
+        or 'Nothing above smoke scale has been run yet.'
+    )
+
 
 def write_readme(
-    results:RecordStore,
-    readme:Path|str,   # has both `MARKERS`
-)->Path:
+    results: RecordStore,
+    readme: Path | str,  # has both `MARKERS`
+) -> Path:
     "Put the results between the two markers of a README; the rest of it stays as it is."
     readme, (start, end) = Path(readme), MARKERS
     before, found, rest = readme.read_text('utf-8').partition(start)
-    if not found or end not in rest: raise StudyError(f'{readme.name} needs the lines {start} and {end}, in this order')
+    if not found or end not in rest:
+        raise StudyError(f'{readme.name} needs the lines {start} and {end}, in this order')
     text = f'{before}{start}\n{readme_block(results)}\n{end}{rest.partition(end)[2]}'
     return write_atomic(readme, lambda path: path.write_text(text, 'utf-8'))

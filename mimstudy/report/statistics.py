@@ -17,71 +17,97 @@ from ..papers.tables import Column, Row, Table
 # %% ../../nbs/report/10_statistics.ipynb #61ce9784
 class Estimate(NamedTuple):
     "A mean, and how far noise can carry it."
+
     mean: float
-    sd: float     # over seeds; for one seed the standard error from the validation images
-    half: float   # half the 95 % interval of the mean, from both sources of noise
-    n: int        # seeds
+    sd: float  # over seeds; for one seed the standard error from the validation images
+    half: float  # half the 95 % interval of the mean, from both sources of noise
+    n: int  # seeds
 
     @property
-    def noise(self)->bool: return abs(self.mean) <= self.half
+    def noise(self) -> bool:
+        return abs(self.mean) <= self.half
+
 
 def estimate(
-    values:list[float],  # one per seed
-    errors:list[float],  # the standard error of each, from the validation images
-)->Estimate:
+    values: list[float],  # one per seed
+    errors: list[float],  # the standard error of each, from the validation images
+) -> Estimate:
     "Mean and noise of some values: Student's t over seeds, where there are several, and the sampling of the validation images."
-    n, sampled = len(values), 1.96*mean(errors)
-    if n == 1: return Estimate(values[0], errors[0], sampled, 1)
-    between = float(stdtrit(n - 1, .975))*stdev(values)/sqrt(n)
+    n, sampled = len(values), 1.96 * mean(errors)
+    if n == 1:
+        return Estimate(values[0], errors[0], sampled, 1)
+    between = float(stdtrit(n - 1, 0.975)) * stdev(values) / sqrt(n)
     return Estimate(mean(values), stdev(values), sqrt(between**2 + sampled**2), n)
 
+
 def binomial(
-    score:float, # percent
-    n:int,       # validation images
-)->float:
+    score: float,  # percent
+    n: int,  # validation images
+) -> float:
     "Standard error in points of a score on `n` images."
-    return 100*sqrt(score/100*(1 - score/100)/n)
+    return 100 * sqrt(score / 100 * (1 - score / 100) / n)
 
 # %% ../../nbs/report/10_statistics.ipynb #06aac34e
 class TableRecords(NamedTuple):
     "The records behind one table at one scale on one dataset."
+
     records: dict[tuple[str, int, str], dict]  # (row, seed, protocol) -> record
-    stale: int                                 # records left out, because they were made with other values
+    stale: int  # records left out, because they were made with other values
     scale: str
     data: str
 
-    def scores(self,
-        row:Row,
-        column:Column,
-    )->dict[int, tuple[float, float]]:  # seed -> score and its standard error
+    def scores(
+        self,
+        row: Row,
+        column: Column,
+    ) -> dict[int, tuple[float, float]]:  # seed -> score and its standard error
         "What was measured for a cell, seed by seed."
-        if (key := column.key(self.scale, row.features)) is None: return {}
-        found = {seed: r for (name, seed, protocol), r in self.records.items() if name == row.name and protocol == key.split('/')[0]}
-        return {seed: (r['scores'][key], binomial(r['scores'][key], r['n_val'])) for seed, r in sorted(found.items()) if key in r['scores']}
+        if (key := column.key(self.scale, row.features)) is None:
+            return {}
+        found = {
+            seed: r
+            for (name, seed, protocol), r in self.records.items()
+            if name == row.name and protocol == key.split('/')[0]
+        }
+        return {
+            seed: (r['scores'][key], binomial(r['scores'][key], r['n_val']))
+            for seed, r in sorted(found.items())
+            if key in r['scores']
+        }
 
-    def score(self, row:Row, column:Column)->Estimate|None:
+    def score(self, row: Row, column: Column) -> Estimate | None:
         "The cell's value over all its seeds; None if it was not run."
         found = self.scores(row, column).values()
         return estimate(*map(list, zip(*found))) if found else None
 
-    def difference(self, row:Row, baseline:Row, column:Column)->Estimate|None:
+    def difference(self, row: Row, baseline: Row, column: Column) -> Estimate | None:
         "`row` less `baseline`, paired by seed; None if they share no seed."
         ours, theirs = self.scores(row, column), self.scores(baseline, column)
         seeds = sorted(set(ours) & set(theirs))
-        if not seeds: return None
-        return estimate([ours[s][0] - theirs[s][0] for s in seeds], [sqrt(ours[s][1]**2 + theirs[s][1]**2) for s in seeds])
+        if not seeds:
+            return None
+        return estimate(
+            [ours[s][0] - theirs[s][0] for s in seeds],
+            [sqrt(ours[s][1] ** 2 + theirs[s][1] ** 2) for s in seeds],
+        )
 
 # %% ../../nbs/report/10_statistics.ipynb #47979fa0
 def table_records(
-    table:Table,
-    results:RecordStore,
-    scale:str,       # one of `SCALES`
-    data:str='',     # a dataset's name; the scale's own by default
-)->TableRecords:
+    table: Table,
+    results: RecordStore,
+    scale: str,  # one of `SCALES`
+    data: str = '',  # a dataset's name; the scale's own by default
+) -> TableRecords:
     "The records that stand behind a table, and how many were left out."
     names = [row.name for row in table.rows]
     data = data or table.experiment(names[0], scale).data
     found = results.find(table=table.name, scale=scale, data=data)
     known = [r for r in found if r['row'] in names and r['protocol'] in table.protocols]
-    good = [r for r in known if table.experiment(r['row'], scale, data, r['seed']).record_id(r['protocol']) == r['id']]
-    return TableRecords({(r['row'], r['seed'], r['protocol']): r for r in good}, len(found) - len(good), scale, data)
+    good = [
+        r
+        for r in known
+        if table.experiment(r['row'], scale, data, r['seed']).record_id(r['protocol']) == r['id']
+    ]
+    return TableRecords(
+        {(r['row'], r['seed'], r['protocol']): r for r in good}, len(found) - len(good), scale, data
+    )

@@ -17,217 +17,324 @@ from ..papers.tables import Column, Row, Table
 # %% ../../nbs/report/20_tables.ipynb #b71fa634
 NOT_RUN, NONE = 'not run', '—'
 
+
 def show_score(
-    s:Estimate|None,
-)->str:
+    s: Estimate | None,
+) -> str:
     "'12.3 ± 0.4 (3 seeds)', or '12.3 ± 0.6 (s.e.)' for one seed."
-    if s is None: return NOT_RUN
+    if s is None:
+        return NOT_RUN
     return f'{s.mean:.1f} ± {s.sd:.1f} ({f"{s.n} seeds" if s.n > 1 else "s.e."})'
 
+
 def show_difference(
-    s:Estimate|None,
-)->str:
+    s: Estimate | None,
+) -> str:
     "'+4.2 [+3.0, +5.4]': the mean and its 95 % interval."
     return NONE if s is None else f'{s.mean:+.1f} [{s.mean - s.half:+.1f}, {s.mean + s.half:+.1f}]'
 
+
 def same_sign(
-    paper:float|None,   # the paper's difference
-    ours:Estimate|None,   # and ours
-)->str:
+    paper: float | None,  # the paper's difference
+    ours: Estimate | None,  # and ours
+) -> str:
     "'yes' or 'no', with fewer than three seeds as a hint; 'within noise', or a dash where there is nothing to compare."
-    if paper is None or ours is None: return NONE
-    if ours.noise: return 'within noise'
+    if paper is None or ours is None:
+        return NONE
+    if ours.noise:
+        return 'within noise'
     return ('yes' if (ours.mean > 0) == (paper > 0) else 'no') + ('' if ours.n > 2 else ', a hint')
 
 # %% ../../nbs/report/20_tables.ipynb #0c25f41b
 def grid(
-    head:list[str],
-    lines:list[list[str]],
-)->str:
+    head: list[str],
+    lines: list[list[str]],
+) -> str:
     "A table in markdown."
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in (head, ['---']*len(head), *lines))
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in (head, ['---'] * len(head), *lines))
 
-def paper_difference(table:Table, row:Row, column:Column)->float|None:
+
+def paper_difference(table: Table, row: Row, column: Column) -> float | None:
     "The paper's difference of a row from its baseline; None where a number is missing."
-    if not row.baseline: return None
+    if not row.baseline:
+        return None
     ours, base = table.paper(row, column), table.paper(table.row(row.baseline), column)
     return None if ours is None or base is None else ours - base
 
+
 def render_column(
-    table:Table,
-    column:Column,     # a measured one
-    shown:TableRecords,
-)->str:                # markdown
+    table: Table,
+    column: Column,  # a measured one
+    shown: TableRecords,
+) -> str:  # markdown
     "One measured column: the paper, here, and the differences from the baseline."
     lines = []
     for row in table.rows:
         paper, theirs, ours = table.paper(row, column), paper_difference(table, row, column), None
-        if row.baseline: ours = shown.difference(row, table.row(row.baseline), column)
+        if row.baseline:
+            ours = shown.difference(row, table.row(row.baseline), column)
         here = show_score(shown.score(row, column)) if column.key(shown.scale, row.features) else NONE
-        lines.append([row.label, NONE if paper is None else f'{paper:.{table.digits}f}', here, table.row(row.baseline).label if row.baseline else NONE,
-                      NONE if theirs is None else f'{theirs:+.{table.digits}f}', show_difference(ours), same_sign(theirs, ours)])
-    paper = 'paper' + (f', {next(c.label for c in table.columns if c.name == column.beside).lower()}' if column.beside else '')
+        lines.append(
+            [
+                row.label,
+                NONE if paper is None else f'{paper:.{table.digits}f}',
+                here,
+                table.row(row.baseline).label if row.baseline else NONE,
+                NONE if theirs is None else f'{theirs:+.{table.digits}f}',
+                show_difference(ours),
+                same_sign(theirs, ours),
+            ]
+        )
+    paper = 'paper' + (
+        f', {next(c.label for c in table.columns if c.name == column.beside).lower()}'
+        if column.beside
+        else ''
+    )
     return grid(['', paper, 'here', 'against', 'difference, paper', 'difference, here', 'same sign?'], lines)
 
 # %% ../../nbs/report/20_tables.ipynb #e825af7c
 def measured(
-    table:Table,
-    shown:TableRecords,
-)->list[Column]:
+    table: Table,
+    shown: TableRecords,
+) -> list[Column]:
     "The columns that a probe reads, and those of other protocols that have been run."
     run = {protocol for _, _, protocol in shown.records}
     return [c for c in table.columns if c.measure.split('/')[0] in (*table.probes, *run)]
 
+
 def overview(
-    table:Table,
-    shown:TableRecords,
-)->str:                # markdown
+    table: Table,
+    shown: TableRecords,
+) -> str:  # markdown
     "One line per row: each measured score with its block, images per second in training, seconds."
     columns, lines = measured(table, shown), []
     for row in table.rows:
         mine = [r for (name, _, _), r in shown.records.items() if name == row.name]
+
         def cell(column):
-            if (key := column.key(shown.scale, row.features)) is None: return NONE
+            if (key := column.key(shown.scale, row.features)) is None:
+                return NONE
             blocks = sorted({int(r['scores'][f'{key}/block']) for r in mine if f'{key}/block' in r['scores']})
-            return show_score(shown.score(row, column)) + (f', block {" to ".join(map(str, sorted({blocks[0], blocks[-1]})))}' if blocks else '')
+            return show_score(shown.score(row, column)) + (
+                f', block {" to ".join(map(str, sorted({blocks[0], blocks[-1]})))}' if blocks else ''
+            )
+
         def took(field):
             by_seed = {r['seed']: r[field] for r in mine if r[field] and r['protocol'] in table.probes}
             return f'{mean(by_seed.values()):,.0f}' if by_seed else NONE
+
         lines.append([row.label, *map(cell, columns), took('images_per_second'), took('seconds')])
     return grid(['', *(f'{c.label} (`{c.measure}`)' for c in columns), 'images/s', 'seconds'], lines)
 
+
 def compared(
-    table:Table,
-)->bool:
+    table: Table,
+) -> bool:
     "Whether a paper has numbers for any of its columns."
     return any(table.paper(row, c) is not None for row in table.rows for c in table.columns)
 
 # %% ../../nbs/report/20_tables.ipynb #e9c039e7
-CLAIMS = dict(smoke='the wiring works; its numbers say nothing about the papers',
-              laptop='probes above random initialisation, and the largest effects', gpu='the direction of an ablation, with seeds',
-              paper='the papers\' own numbers')
+CLAIMS = dict(
+    smoke='the wiring works; its numbers say nothing about the papers',
+    laptop='probes above random initialisation, and the largest effects',
+    gpu='the direction of an ablation, with seeds',
+    paper='the papers\' own numbers',
+)
+
 
 def _between(
-    values:list[int],
-)->str:
+    values: list[int],
+) -> str:
     "'1,600', or '1,600 to 3,200' where they differ."
     return ' to '.join(f'{v:,}' for v in sorted({min(values), max(values)}))
 
+
 def header(
-    shown:TableRecords,
-)->str:
+    shown: TableRecords,
+) -> str:
     "One line: scale, data, seeds, images seen, validation images, commit."
     records, facts = list(shown.records.values()), [f'Scale **{shown.scale}**', f'data **{shown.data}**']
-    if not records: return ' · '.join([*facts, NOT_RUN])
+    if not records:
+        return ' · '.join([*facts, NOT_RUN])
     facts += ['seeds ' + ', '.join(map(str, sorted({r['seed'] for r in records})))]
-    if seen := [r['images_seen'] for r in records if r['images_seen']]: facts += [f'{_between(seen)} images seen in pre-training']
-    facts += [f'{_between([r["n_val"] for r in records])} validation images', 'commit ' + ', '.join(sorted({r['commit'] for r in records}))]
+    if seen := [r['images_seen'] for r in records if r['images_seen']]:
+        facts += [f'{_between(seen)} images seen in pre-training']
+    facts += [
+        f'{_between([r["n_val"] for r in records])} validation images',
+        'commit ' + ', '.join(sorted({r['commit'] for r in records})),
+    ]
     settings = {(r['protocol'], str(r['evaluation'])) for r in records}
-    if len(settings) > len({protocol for protocol, _ in settings}): facts += ['**evaluated with differing settings**']
-    if shown.stale: facts += [f'{shown.stale} records of other values left out']
+    if len(settings) > len({protocol for protocol, _ in settings}):
+        facts += ['**evaluated with differing settings**']
+    if shown.stale:
+        facts += [f'{shown.stale} records of other values left out']
     return ' · '.join(facts)
 
 # %% ../../nbs/report/20_tables.ipynb #33249ee1
-LEGEND = ('± is the standard deviation over seeds or, for one seed, the standard error (s.e.) from the number of validation images. Brackets hold the '
-          '95 % interval of the difference, paired by seed: how much seeds differ, and how much the validation images could; for one seed only the latter. '
-          'An interval that holds 0 is *within noise*.')
-BEST = 'Every score is that of the best block, chosen on the validation images themselves, for all rows alike.'
+LEGEND = (
+    '± is the standard deviation over seeds or, for one seed, the standard error (s.e.) from the number of validation images. Brackets hold the '
+    '95 % interval of the difference, paired by seed: how much seeds differ, and how much the validation images could; for one seed only the latter. '
+    'An interval that holds 0 is *within noise*.'
+)
+BEST = (
+    'Every score is that of the best block, chosen on the validation images themselves, for all rows alike.'
+)
+
 
 def render(
-    table:Table,
-    results:RecordStore,
-    scale:str,       # one of `SCALES`
-    data:str='',     # a dataset's name; the scale's own by default
-)->str:              # markdown
+    table: Table,
+    results: RecordStore,
+    scale: str,  # one of `SCALES`
+    data: str = '',  # a dataset's name; the scale's own by default
+) -> str:  # markdown
     "The table: paper, here, differences from the baselines; what has no record says 'not run'."
     shown = table_records(table, results, scale, data)
     columns = measured(table, shown)
     unmeasured = [c for c in table.columns if c not in columns and not c.beside]
-    parts = [f'**{table.title}** ({table.source})', header(shown), ' '.join(filter(None, [f'What this scale can show: {CLAIMS[scale]}.', table.note]))]
+    parts = [
+        f'**{table.title}** ({table.source})',
+        header(shown),
+        ' '.join(filter(None, [f'What this scale can show: {CLAIMS[scale]}.', table.note])),
+    ]
     for c in columns:
-        if compared(table): parts += [f'**{c.label}** (`{c.measure}`)' + (f': {c.note}' if c.note else ''), render_column(table, c, shown)]
-    if not compared(table): parts += [overview(table, shown)]
+        if compared(table):
+            parts += [
+                f'**{c.label}** (`{c.measure}`)' + (f': {c.note}' if c.note else ''),
+                render_column(table, c, shown),
+            ]
+    if not compared(table):
+        parts += [overview(table, shown)]
     if unmeasured:
-        def number(row, c): return NONE if (p := table.paper(row, c)) is None else f'{p:.{table.digits}f}'
+
+        def number(row, c):
+            return NONE if (p := table.paper(row, c)) is None else f'{p:.{table.digits}f}'
+
         asked = ' '.join(dict.fromkeys(c.measure.split('/')[0] for c in unmeasured))
-        parts += [f'The paper also has these columns; here they are *not run*, which `mimstudy run {table.name} --protocols {asked}` would change.',
-                  grid(['paper only', *(c.label for c in unmeasured)], [[r.label, *(number(r, c) for c in unmeasured)] for r in table.rows])]
+        parts += [
+            f'The paper also has these columns; here they are *not run*, which `mimstudy run {table.name} --protocols {asked}` would change.',
+            grid(
+                ['paper only', *(c.label for c in unmeasured)],
+                [[r.label, *(number(r, c) for c in unmeasured)] for r in table.rows],
+            ),
+        ]
     return '\n\n'.join([*parts, LEGEND if scale == 'paper' else f'{BEST} {LEGEND}'])
 
 # %% ../../nbs/report/20_tables.ipynb #1bce593e
 def block_line(
-    by_seed:list[dict[int, float]],  # per seed: block -> score
-    blocks:list[int],                # the table's columns
-)->list[str]:
+    by_seed: list[dict[int, float]],  # per seed: block -> score
+    blocks: list[int],  # the table's columns
+) -> list[str]:
     "The cells of one row: mean, and sd over seeds where there are several; the best in bold."
-    if not by_seed: return [NOT_RUN]*len(blocks)
+    if not by_seed:
+        return [NOT_RUN] * len(blocks)
     means = {b: mean(s[b] for s in by_seed) for b in blocks if all(b in s for s in by_seed)}
+
     def cell(b):
-        if b not in means: return NONE
+        if b not in means:
+            return NONE
         text = f'{means[b]:.1f}' + (f' ± {stdev(s[b] for s in by_seed):.1f}' if len(by_seed) > 1 else '')
         return f'**{text}**' if means[b] == max(means.values()) else text
+
     return [cell(b) for b in blocks]
 
+
 def render_blocks(
-    table:Table,
-    results:RecordStore,
-    scale:str,
-    data:str='',
-)->str:              # markdown, '' if nothing was run
+    table: Table,
+    results: RecordStore,
+    scale: str,
+    data: str = '',
+) -> str:  # markdown, '' if nothing was run
     "Top-1 of every protocol at every block, prefix and patches apart."
     shown, parts = table_records(table, results, scale, data), []
     for protocol in table.protocols:
         for token in ('prefix', 'patch'):
-            def read(r): return {int(k.split('/')[1]): v for k, v in r['scores'].items() if k.split('/')[1].isdigit() and k.split('/')[2] == token}
-            found = {row.label: [read(r) for (name, _, p), r in shown.records.items() if (name, p) == (row.name, protocol)]
-                     for row in table.rows if row.features != 'pixels'}
+
+            def read(r):
+                return {
+                    int(k.split('/')[1]): v
+                    for k, v in r['scores'].items()
+                    if k.split('/')[1].isdigit() and k.split('/')[2] == token
+                }
+
+            found = {
+                row.label: [
+                    read(r) for (name, _, p), r in shown.records.items() if (name, p) == (row.name, protocol)
+                ]
+                for row in table.rows
+                if row.features != 'pixels'
+            }
             blocks = sorted({b for seeds in found.values() for s in seeds for b in s})
-            if blocks: parts += [grid([f'{protocol}, {token}', *(f'block {b}' for b in blocks)],
-                                      [[label, *block_line(seeds, blocks)] for label, seeds in found.items()])]
+            if blocks:
+                parts += [
+                    grid(
+                        [f'{protocol}, {token}', *(f'block {b}' for b in blocks)],
+                        [[label, *block_line(seeds, blocks)] for label, seeds in found.items()],
+                    )
+                ]
     return '\n\n'.join(parts)
 
 # %% ../../nbs/report/20_tables.ipynb #484f96d0
 def sentence(
-    table:Table,
-    row:Row,          # one with a baseline
-    column:Column,
-    shown:TableRecords,
-)->str|None:          # None if either was not run
+    table: Table,
+    row: Row,  # one with a baseline
+    column: Column,
+    shown: TableRecords,
+) -> str | None:  # None if either was not run
     "What one comparison says: by how much, how sure, what the paper has, and a verdict from three seeds on."
     base, theirs = table.row(row.baseline), paper_difference(table, row, column)
-    if (d := shown.difference(row, base, column)) is None: return None
-    noise = f'{d.n} paired seeds, sd {d.sd:.1f}, 95 % interval {d.mean - d.half:+.1f} to {d.mean + d.half:+.1f}' if d.n > 1 else f'one seed, s.e. {d.sd:.1f}'
+    if (d := shown.difference(row, base, column)) is None:
+        return None
+    noise = (
+        f'{d.n} paired seeds, sd {d.sd:.1f}, 95 % interval {d.mean - d.half:+.1f} to {d.mean + d.half:+.1f}'
+        if d.n > 1
+        else f'one seed, s.e. {d.sd:.1f}'
+    )
     paper = '' if theirs is None else f'; the paper has {theirs:+.{table.digits}f}'
     helped = row.adds or f'{row.label} in place of {base.label}'
-    if d.n < 3: verdict = 'Fewer than three seeds: a hint, no more'
-    elif d.noise: verdict = 'Noise alone could have made this difference'
-    else: verdict = f'{helped[0].upper()}{helped[1:]} {"helped" if d.mean > 0 else "did harm"}'
+    if d.n < 3:
+        verdict = 'Fewer than three seeds: a hint, no more'
+    elif d.noise:
+        verdict = 'Noise alone could have made this difference'
+    else:
+        verdict = f'{helped[0].upper()}{helped[1:]} {"helped" if d.mean > 0 else "did harm"}'
     return f'**{column.label}**: {row.label} against {base.label} {d.mean:+.1f} points ({noise}{paper}). {verdict}.'
 
+
 def conclusions(
-    table:Table,
-    results:RecordStore,
-    scale:str,
-    data:str='',
-    seeds:int=1,     # comparisons of fewer are passed over
-)->list[str]:
+    table: Table,
+    results: RecordStore,
+    scale: str,
+    data: str = '',
+    seeds: int = 1,  # comparisons of fewer are passed over
+) -> list[str]:
     "Plain sentences, one per comparison; the rows that were not run are named last."
     shown = table_records(table, results, scale, data)
-    if scale == 'smoke': return [f'At smoke scale, {CLAIMS["smoke"]}.']
+    if scale == 'smoke':
+        return [f'At smoke scale, {CLAIMS["smoke"]}.']
     pairs = [(row, c) for row in table.rows if row.baseline for c in measured(table, shown)]
-    said = [sentence(table, row, c, shown) for row, c in pairs if (d := shown.difference(row, table.row(row.baseline), c)) and d.n >= seeds]
+    said = [
+        sentence(table, row, c, shown)
+        for row, c in pairs
+        if (d := shown.difference(row, table.row(row.baseline), c)) and d.n >= seeds
+    ]
     missing = [r.label for r in table.rows if not any(name == r.name for name, _, _ in shown.records)]
     return [*filter(None, said), *([f'Not run: {", ".join(missing)}.'] if missing else [])]
 
 # %% ../../nbs/report/20_tables.ipynb #ee273e54
 def differences(
-    table:Table,
-    shown:TableRecords,
-)->str:              # markdown
+    table: Table,
+    shown: TableRecords,
+) -> str:  # markdown
     "What each row has over its baseline, in points of each measured column."
     columns = measured(table, shown)
+
     def cell(row, base, c):
-        if (d := shown.difference(row, base, c)) is None: return NONE
+        if (d := shown.difference(row, base, c)) is None:
+            return NONE
         return f'{d.mean:+.1f}' if d.noise else f'**{d.mean:+.1f}**'
+
     pairs = [(row, table.row(row.baseline)) for row in table.rows if row.baseline]
-    return grid(['points', 'against', *(c.label for c in columns)], [[row.label, base.label, *(cell(row, base, c) for c in columns)] for row, base in pairs])
+    return grid(
+        ['points', 'against', *(c.label for c in columns)],
+        [[row.label, base.label, *(cell(row, base, c) for c in columns)] for row, base in pairs],
+    )

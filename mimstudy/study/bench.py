@@ -40,84 +40,130 @@ from ..papers.tables import slug
 
 # %% ../../nbs/study/70_bench.ipynb #8fca4ff2
 def bench_recipe(
-    method:str,     # a name of the catalogue
-    encoder:str,    # a timm vision transformer, e.g. 'vit_small_patch16_224'
-    batch:int,
-)->Recipe:
+    method: str,  # a name of the catalogue
+    encoder: str,  # a timm vision transformer, e.g. 'vit_small_patch16_224'
+    batch: int,
+) -> Recipe:
     "The published recipe of `method` on the shape of a timm model."
-    model = timm.create_model(check_name(encoder, timm.list_models('vit_*'), 'timm vision transformer'), num_classes=0)
+    model = timm.create_model(
+        check_name(encoder, timm.list_models('vit_*'), 'timm vision transformer'), num_classes=0
+    )
     patch, published = model.patch_embed.patch_size[0], {r.method: r for r in RECIPES.values()}[method]
-    return published.but(name='bench', size=model.patch_embed.img_size[0], patch=patch, width=model.embed_dim, depth=len(model.blocks),
-                         heads=model.blocks[0].attn.num_heads, batch=batch, local_size=round(published.local_size/patch)*patch, positions='absolute',
-                         layer_scale=None, drop_path=0., tokenizer='kmeans', codes=8192)
+    return published.but(
+        name='bench',
+        size=model.patch_embed.img_size[0],
+        patch=patch,
+        width=model.embed_dim,
+        depth=len(model.blocks),
+        heads=model.blocks[0].attn.num_heads,
+        batch=batch,
+        local_size=round(published.local_size / patch) * patch,
+        positions='absolute',
+        layer_scale=None,
+        drop_path=0.0,
+        tokenizer='kmeans',
+        codes=8192,
+    )
 
 # %% ../../nbs/study/70_bench.ipynb #820c9039
 def step_of(
-    loss:Callable,        # () -> scalar
-    optimiser,            # steps after backward
-    after:Callable=lambda: None,  # what a method does after a step
-)->Callable:
+    loss: Callable,  # () -> scalar
+    optimiser,  # steps after backward
+    after: Callable = lambda: None,  # what a method does after a step
+) -> Callable:
     "A training step as a function without arguments."
+
     def step():
         value = loss()
         value.backward()
-        optimiser.step(); optimiser.zero_grad(set_to_none=True)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
         after()
-    step.loss = loss   # the forward alone
+
+    step.loss = loss  # the forward alone
     return step
 
-def bare_step(recipe:Recipe, device:torch.device, precision:str)->tuple[Callable, torch.nn.Module]:
+
+def bare_step(recipe: Recipe, device: torch.device, precision: str) -> tuple[Callable, torch.nn.Module]:
     "One step of a plain timm encoder (forward, backward, AdamW), and the encoder."
     model = Encoder(recipe.size, recipe.patch, recipe.width, recipe.depth, recipe.heads).to(device)
     x = torch.randn(recipe.batch, 3, recipe.size, recipe.size, device=device)
+
     def loss():
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'): return model.forward_features(x).float().square().mean()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'):
+            return model.forward_features(x).float().square().mean()
+
     return step_of(loss, build_optimiser(model, recipe)), model
 
-def method_step(recipe:Recipe, device:torch.device, precision:str)->tuple[Callable, torch.nn.Module, Callable]:
+
+def method_step(
+    recipe: Recipe, device: torch.device, precision: str
+) -> tuple[Callable, torch.nn.Module, Callable]:
     "One step of a method on one fixed batch, the method, and the function that makes such a batch."
     n = max(64, recipe.batch)
     noise = torch.randint(0, 256, (n, 3, recipe.size, recipe.size), dtype=torch.uint8)
     images = InMemoryDataset(noise, torch.arange(n), [str(i) for i in range(1000)])
-    task = build_task(recipe.but(codes=64), images)   # fitting 8,192 codes on noise would take longer than the benchmark
+    task = build_task(
+        recipe.but(codes=64), images
+    )  # fitting 8,192 codes on noise would take longer than the benchmark
     widen(task, recipe.codes)
     task.to(device)
-    make_batch, few, labels = build_batch_function(recipe), images.images[:recipe.batch].to(device), images.labels[:recipe.batch].to(device)
+    make_batch, few, labels = (
+        build_batch_function(recipe),
+        images.images[: recipe.batch].to(device),
+        images.labels[: recipe.batch].to(device),
+    )
     make = lambda: make_batch(few, labels, torch.Generator().manual_seed(0))
     batch = make()
+
     def loss():
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'): return task(batch, 0.)['loss']
-    return step_of(loss, build_optimiser(task, recipe), lambda: task.after_step(0.)), task, make
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16'):
+            return task(batch, 0.0)['loss']
+
+    return step_of(loss, build_optimiser(task, recipe), lambda: task.after_step(0.0)), task, make
 
 # %% ../../nbs/study/70_bench.ipynb #5d0e6e85
 def widen(
-    task,           # a method
-    codes:int,      # K, the words that it should know
-)->None:
+    task,  # a method
+    codes: int,  # K, the words that it should know
+) -> None:
     "Give a method that predicts codes a whole vocabulary, of made-up words; others stay as they are."
     target = next((part for part in task.modules() if isinstance(part, Codes)), None)
-    if target is None: return
-    target.tokenizer, name = KMeansCodes(codes, target.tokenizer.stride), 'words' if hasattr(task, 'words') else 'head'
-    for words in target.tokenizer.buffers(): torch.nn.init.uniform_(words)
+    if target is None:
+        return
+    target.tokenizer, name = (
+        KMeansCodes(codes, target.tokenizer.stride),
+        'words' if hasattr(task, 'words') else 'head',
+    )
+    for words in target.tokenizer.buffers():
+        torch.nn.init.uniform_(words)
     setattr(task, name, torch.nn.Linear(getattr(task, name).in_features, codes))
 
 # %% ../../nbs/study/70_bench.ipynb #9397e30f
 class PeakMemory:
     "The rise of memory, in MiB, while the block runs: the allocator's count on CUDA, resident memory elsewhere."
-    def __init__(self,
-        device:torch.device,  # where the work happens
+
+    def __init__(
+        self,
+        device: torch.device,  # where the work happens
     ):
         self.device = device
 
-    def _resident(self): return psutil.Process().memory_info().rss
+    def _resident(self):
+        return psutil.Process().memory_info().rss
 
     def _watch(self):
-        while self.watching: self.top = max(self.top, self._resident()); time.sleep(.002)
+        while self.watching:
+            self.top = max(self.top, self._resident())
+            time.sleep(0.002)
 
     def __enter__(self):
         gc.collect()
-        if (give_back := getattr(ctypes.CDLL(None), 'malloc_trim', None)): give_back(0)   # glibc has it
-        if self.device.type == 'cuda': torch.cuda.reset_peak_memory_stats(); self.start = torch.cuda.memory_allocated()
+        if give_back := getattr(ctypes.CDLL(None), 'malloc_trim', None):
+            give_back(0)  # glibc has it
+        if self.device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
         else:
             self.start = self.top = self._resident()
             self.watching, self.thread = True, threading.Thread(target=self._watch, daemon=True)
@@ -125,107 +171,170 @@ class PeakMemory:
         return self
 
     def __exit__(self, *_):
-        if self.device.type == 'cuda': self.top = torch.cuda.max_memory_allocated()
-        else: self.watching = False; self.thread.join()
-        self.mib = (self.top - self.start)/2**20
+        if self.device.type == 'cuda':
+            self.top = torch.cuda.max_memory_allocated()
+        else:
+            self.watching = False
+            self.thread.join()
+        self.mib = (self.top - self.start) / 2**20
 
 # %% ../../nbs/study/70_bench.ipynb #c8d06efb
-HEADS = r'\.(head|projector|predictor|words|patch_last)(\.|$)'     # names of modules
+HEADS = r'\.(head|projector|predictor|words|patch_last)(\.|$)'  # names of modules
 DECODERS = r'\.pathway\.(blocks\.\d+|narrow)$|\.generator$'
+
 
 class Work(NamedTuple):
     "What one step has to do."
-    flops:int        # floating-point operations, forward and backward
-    student:float    # the share of the encoder
-    slow:float       # the share of its slow copy
-    heads:float      # the share of heads, projectors and predictors
-    decoder:float    # the share of what rebuilds patches
-    outputs:int      # numbers that linear layers gave while gradients were on
+
+    flops: int  # floating-point operations, forward and backward
+    student: float  # the share of the encoder
+    teacher: float  # the share of its EMA teacher
+    heads: float  # the share of heads, projectors and predictors
+    decoder: float  # the share of what rebuilds patches
+    outputs: int  # numbers that linear layers gave while gradients were on
 
 # %% ../../nbs/study/70_bench.ipynb #9ee8ffd3
 def work_of(
-    step:Callable,   # () -> None
-)->Work:
+    step: Callable,  # () -> None
+) -> Work:
     "Count the work of one step."
     outputs = 0
+
     def heard(module, inputs, output):
         nonlocal outputs
-        if isinstance(module, torch.nn.Linear) and torch.is_grad_enabled(): outputs += output.numel()
+        if isinstance(module, torch.nn.Linear) and torch.is_grad_enabled():
+            outputs += output.numel()
+
     hook = torch.nn.modules.module.register_module_forward_hook(heard)
-    with FlopCounterMode(display=False) as counter: step()
+    with FlopCounterMode(display=False) as counter:
+        step()
     hook.remove()
-    with FlopCounterMode(display=False) as forward: getattr(step, 'loss', step)()
-    total, shares = counter.get_total_flops(), dict(student=0., slow=0., heads=0., decoder=0.)
+    with FlopCounterMode(display=False) as forward:
+        getattr(step, 'loss', step)()
+    total, shares = counter.get_total_flops(), dict(student=0.0, teacher=0.0, heads=0.0, decoder=0.0)
     found = {name: sum(counts.values()) for name, counts in forward.get_flop_counts().items()}
-    again = {name: sum(n/2 for op, n in counts.items() if 'scaled_dot' in str(op)) for name, counts in forward.get_flop_counts().items()}
+    again = {
+        name: sum(n / 2 for op, n in counts.items() if 'scaled_dot' in str(op))
+        for name, counts in forward.get_flop_counts().items()
+    }
     heads = {name for name in found if re.search(HEADS, name)}
     for name, flops in found.items():
-        slow = bool(re.search(r'\.(slow|target)\.', name))
-        share = (flops if slow else 3*flops + again[name])/total   # a gradient for the weights, one for what came in; attention is made again
-        if re.search(DECODERS, name): shares['decoder'] += share
-        elif name.endswith('encoder.patch_embed'): shares['decoder' if '.generator.' in name else 'slow' if slow else 'student'] += \
-            -flops/total if '.generator.' in name else flops*(1 if slow else 2)/total   # images take no gradient
-        elif '.generator.' in name: pass   # counted with it
-        elif name in heads: shares['heads'] += 0. if any(other.startswith(f'{name}.') for other in heads) else share   # whatever has no parts
-        elif re.search(r'encoder\.blocks\.\d+$', name): shares['slow' if slow else 'student'] += share
+        teacher = bool(re.search(r'\.(teacher|target)\.', name))
+        share = (
+            flops if teacher else 3 * flops + again[name]
+        ) / total  # a gradient for the weights, one for what came in; attention is made again
+        if re.search(DECODERS, name):
+            shares['decoder'] += share
+        elif name.endswith('encoder.patch_embed'):
+            shares['decoder' if '.generator.' in name else 'teacher' if teacher else 'student'] += (
+                -flops / total if '.generator.' in name else flops * (1 if teacher else 2) / total
+            )  # images take no gradient
+        elif '.generator.' in name:
+            pass  # counted with it
+        elif name in heads:
+            shares['heads'] += (
+                0.0 if any(other.startswith(f'{name}.') for other in heads) else share
+            )  # whatever has no parts
+        elif re.search(r'encoder\.blocks\.\d+$', name):
+            shares['teacher' if teacher else 'student'] += share
     return Work(total, **shares, outputs=outputs)
 
 # %% ../../nbs/study/70_bench.ipynb #8aad5167
 def states_of(
-    model:torch.nn.Module,
-)->float:
+    model: torch.nn.Module,
+) -> float:
     "MiB of parameters, gradients and AdamW's averages, in float32."
-    return sum(p.numel()*(16 if p.requires_grad else 4) for p in model.parameters())/2**20
+    return sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters()) / 2**20
 
 # %% ../../nbs/study/70_bench.ipynb #b480877e
 def _seconds(step, device):
     "The duration of one step, with the device waited for."
     start = time.perf_counter()
     step()
-    if device.type == 'cuda': torch.cuda.synchronize()
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
+
 def bench(
-    encoder:str='vit_small_patch16_224',  # a timm vision transformer
-    batch:int=8,
-    methods:list[str]|None=None,          # names of the catalogue; all by default
-    steps:int=10,                         # timed steps of each kind
-    device:str='auto',
-    precision:str='auto',
-    heard:Callable|None=None,             # is told each method's line as soon as it is measured
-)->pd.DataFrame:
+    encoder: str = 'vit_small_patch16_224',  # a timm vision transformer
+    batch: int = 8,
+    methods: list[str] | None = None,  # names of the catalogue; all by default
+    steps: int = 10,  # timed steps of each kind
+    device: str = 'auto',
+    precision: str = 'auto',
+    heard: Callable | None = None,  # is told each method's line as soon as it is measured
+) -> pd.DataFrame:
     "Measure each method's training step against a bare timm encoder's, in turn, in one run."
     device = resolve_device(device)
     precision, rows = resolve_precision(precision, device), []
-    recipes = {method: bench_recipe(check_name(method, METHODS, 'method'), encoder, batch) for method in methods or list(METHODS)}
-    bare_step(next(iter(recipes.values())), device, precision)[0]()   # whoever comes first would pay for what the libraries keep
+    recipes = {
+        method: bench_recipe(check_name(method, METHODS, 'method'), encoder, batch)
+        for method in methods or list(METHODS)
+    }
+    bare_step(next(iter(recipes.values())), device, precision)[
+        0
+    ]()  # whoever comes first would pay for what the libraries keep
     for method, recipe in recipes.items():
-        with PeakMemory(device) as bare_peak: bare, encoder_alone = bare_step(recipe, device, precision); bare(); least = work_of(bare)
-        with PeakMemory(device) as peak: step, task, make = method_step(recipe, device, precision); step(); work = work_of(step)
-        explained = states_of(task) + (bare_peak.mib - states_of(encoder_alone))*work.outputs/least.outputs
-        times = [(_seconds(bare, device), _seconds(step, device), _seconds(make, device)) for _ in range(steps + 1)][1:]
+        with PeakMemory(device) as bare_peak:
+            bare, encoder_alone = bare_step(recipe, device, precision)
+            bare()
+            least = work_of(bare)
+        with PeakMemory(device) as peak:
+            step, task, make = method_step(recipe, device, precision)
+            step()
+            work = work_of(step)
+        explained = (
+            states_of(task) + (bare_peak.mib - states_of(encoder_alone)) * work.outputs / least.outputs
+        )
+        times = [
+            (_seconds(bare, device), _seconds(step, device), _seconds(make, device)) for _ in range(steps + 1)
+        ][1:]
         alone, ours, views = (median(t) for t in zip(*times))
-        ratio, flops = median(b/a for a, b, _ in times), work.flops/least.flops
-        rows.append({'method': method, 'images/s': batch/(ours + views), 'bare images/s': batch/alone, 'time ratio': ratio, 'FLOP ratio': flops,
-                     'over FLOPs': ratio/flops, 'encoder %': 100*work.student, 'slow %': 100*work.slow,
-                     'heads %': 100*work.heads, 'decoder %': 100*work.decoder,
-                     'rest %': 100*(1 - work.student - work.slow - work.heads - work.decoder), 'views share': views/ours,
-                     'peak MiB': peak.mib, 'bare peak MiB': bare_peak.mib,
-                     'over tokens': peak.mib/explained})
-        if heard: heard(f'{method}: {ratio:.2f} × the time, {flops:.2f} × the FLOPs')
+        ratio, flops = median(b / a for a, b, _ in times), work.flops / least.flops
+        rows.append(
+            {
+                'method': method,
+                'images/s': batch / (ours + views),
+                'bare images/s': batch / alone,
+                'time ratio': ratio,
+                'FLOP ratio': flops,
+                'over FLOPs': ratio / flops,
+                'encoder %': 100 * work.student,
+                'teacher %': 100 * work.teacher,
+                'heads %': 100 * work.heads,
+                'decoder %': 100 * work.decoder,
+                'rest %': 100 * (1 - work.student - work.teacher - work.heads - work.decoder),
+                'views share': views / ours,
+                'peak MiB': peak.mib,
+                'bare peak MiB': bare_peak.mib,
+                'over tokens': peak.mib / explained,
+            }
+        )
+        if heard:
+            heard(f'{method}: {ratio:.2f} × the time, {flops:.2f} × the FLOPs')
         del step, make, bare, task, encoder_alone
     return pd.DataFrame(rows).set_index('method')
 
 # %% ../../nbs/study/70_bench.ipynb #11e978c8
 def save_bench(
-    table:pd.DataFrame,   # from `bench`
-    results:RecordStore,
-    encoder:str,          # as it was asked for
-    batch:int,
-)->Path:
+    table: pd.DataFrame,  # from `bench`
+    results: RecordStore,
+    encoder: str,  # as it was asked for
+    batch: int,
+) -> Path:
     "Write the benchmark into the folder `bench` of the results, one file per encoder, batch and device."
     device = resolve_device('auto')
     rows = json.loads(table.reset_index().to_json(orient='records', double_precision=4))
-    about = dict(encoder=encoder, batch=batch, threads=torch.get_num_threads(), precision=resolve_precision('auto', device), rows=rows)
+    about = dict(
+        encoder=encoder,
+        batch=batch,
+        threads=torch.get_num_threads(),
+        precision=resolve_precision('auto', device),
+        rows=rows,
+    )
     name = f'{encoder}-b{batch}-{slug(device_name(device))}.json'
-    return write_atomic(results.root/'bench'/name, lambda p: p.write_text(json.dumps(about | provenance(device), indent=1) + '\n'))
+    return write_atomic(
+        results.root / 'bench' / name,
+        lambda p: p.write_text(json.dumps(about | provenance(device), indent=1) + '\n'),
+    )

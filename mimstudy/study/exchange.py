@@ -28,113 +28,201 @@ from .records import load_encoder, provenance
 
 # %% ../../nbs/study/80_exchange.ipynb #e1775858
 def timm_config(
-    encoder:Encoder,  # or a `RelativeEncoder`
-)->dict:
+    encoder: Encoder,  # or a `RelativeEncoder`
+) -> dict:
     "What timm needs to build the same model: a registered name, its arguments, and how images are normalised."
-    c, relative, tuned = encoder.config, isinstance(encoder, RelativeEncoder), encoder.config.get('tuned', False)
+    c, relative, tuned = (
+        encoder.config,
+        isinstance(encoder, RelativeEncoder),
+        encoder.config.get('tuned', False),
+    )
     pool = 'avg' if tuned else 'token'
-    args = dict(img_size=c['size'], patch_size=c['patch'], embed_dim=c['width'], depth=c['depth'], num_heads=c['heads'],
-                mlp_ratio=c['mlp_ratio'], init_values=c['layer_scale'], global_pool=pool)
-    if relative: args |= dict(use_abs_pos_emb=False, use_rel_pos_bias=tuned, use_shared_rel_pos_bias=not tuned)
-    else: args |= dict(reg_tokens=c['prefix'] - 1)
-    look = dict(input_size=[3, c['size'], c['size']], mean=MEAN.flatten().tolist(), std=STD.flatten().tolist(), interpolation='bicubic',
-                crop_pct=1., fixed_input_size=True, num_classes=0, pool_size=None, first_conv='patch_embed.proj', classifier='head')
-    return dict(architecture='beit_base_patch16_224' if relative else 'vit_base_patch16_224', num_classes=0, num_features=c['width'],
-                global_pool=pool, model_args=args, pretrained_cfg=look)
+    args = dict(
+        img_size=c['size'],
+        patch_size=c['patch'],
+        embed_dim=c['width'],
+        depth=c['depth'],
+        num_heads=c['heads'],
+        mlp_ratio=c['mlp_ratio'],
+        init_values=c['layer_scale'],
+        global_pool=pool,
+    )
+    if relative:
+        args |= dict(use_abs_pos_emb=False, use_rel_pos_bias=tuned, use_shared_rel_pos_bias=not tuned)
+    else:
+        args |= dict(reg_tokens=c['prefix'] - 1)
+    look = dict(
+        input_size=[3, c['size'], c['size']],
+        mean=MEAN.flatten().tolist(),
+        std=STD.flatten().tolist(),
+        interpolation='bicubic',
+        crop_pct=1.0,
+        fixed_input_size=True,
+        num_classes=0,
+        pool_size=None,
+        first_conv='patch_embed.proj',
+        classifier='head',
+    )
+    return dict(
+        architecture='beit_base_patch16_224' if relative else 'vit_base_patch16_224',
+        num_classes=0,
+        num_features=c['width'],
+        global_pool=pool,
+        model_args=args,
+        pretrained_cfg=look,
+    )
 
 # %% ../../nbs/study/80_exchange.ipynb #f32029e7
 def write_timm(
-    encoder:Encoder,   # or a `RelativeEncoder`
-    out:Path|str,      # the folder to make
-    about:dict,        # plain values that travel in the config: a recipe, a source
-)->Path:
+    encoder: Encoder,  # or a `RelativeEncoder`
+    out: Path | str,  # the folder to make
+    about: dict,  # plain values that travel in the config: a recipe, a source
+) -> Path:
     "Write `model.safetensors` and `config.json` for timm and the hub's layout."
-    out, config = Path(out), timm_config(encoder) | dict(mimstudy=dict(encoder=encoder.config) | about | provenance())
+    out, config = (
+        Path(out),
+        timm_config(encoder) | dict(mimstudy=dict(encoder=encoder.config) | about | provenance()),
+    )
     weights = {name: w.contiguous() for name, w in encoder.state_dict().items()}
-    write_atomic(out/'config.json', lambda p: p.write_text(json.dumps(config, indent=1) + '\n'))
-    return write_atomic(out/'model.safetensors', lambda p: save_file(weights, p, metadata={'format': 'pt'}))
+    write_atomic(out / 'config.json', lambda p: p.write_text(json.dumps(config, indent=1) + '\n'))
+    return write_atomic(out / 'model.safetensors', lambda p: save_file(weights, p, metadata={'format': 'pt'}))
+
 
 def export_encoder(
-    run:Path|str,    # a run's folder, or its encoder.safetensors
-    out:Path|str,    # the folder to make
-)->Path:
+    run: Path | str,  # a run's folder, or its encoder.safetensors
+    out: Path | str,  # the folder to make
+) -> Path:
     "Write the encoder of a finished run for timm; its recipe and the commit travel in the config."
     run = Path(run)
     run = run.parent if run.is_file() else run
-    try: recipe = json.loads((run/'recipe.json').read_text()) if (run/'recipe.json').is_file() else {}
-    except ValueError: raise StudyError(f'recipe.json in {run} is damaged; delete it to export the encoder without its recipe') from None
+    try:
+        recipe = json.loads((run / 'recipe.json').read_text()) if (run / 'recipe.json').is_file() else {}
+    except ValueError:
+        raise StudyError(
+            f'recipe.json in {run} is damaged; delete it to export the encoder without its recipe'
+        ) from None
     return write_timm(load_encoder(run), out, dict(recipe=recipe))
 
 # %% ../../nbs/study/80_exchange.ipynb #7d14135c
-WRAPPERS = 'model', 'state_dict', 'module'                     # where scripts put a state dict inside a checkpoint
-PREFIXES = 'module.', '_orig_mod.', 'backbone.', 'base_encoder.', 'encoder.', 'pathway.encoder.'   # what wrapped modules put before names
+WRAPPERS = 'model', 'state_dict', 'module'  # where scripts put a state dict inside a checkpoint
+PREFIXES = (
+    'module.',
+    '_orig_mod.',
+    'backbone.',
+    'base_encoder.',
+    'encoder.',
+    'pathway.encoder.',
+)  # what wrapped modules put before names
+
 
 class IgnoredObject:
     "Stands in for what a checkpoint carries besides weights."
-    def __setstate__(self, state): pass
 
-def safe_classes()->list:
+    def __setstate__(self, state):
+        pass
+
+
+def safe_classes() -> list:
     "What official checkpoints hold beside tensors and plain values, for `torch.serialization.safe_globals`: arguments, numpy's numbers, mmengine's logs."
-    multiarray = [(getattr(np._core.multiarray, n), f'numpy.{home}.multiarray.{n}') for n in ('scalar', '_reconstruct') for home in ('core', '_core')]
+    multiarray = [
+        (getattr(np._core.multiarray, n), f'numpy.{home}.multiarray.{n}')
+        for n in ('scalar', '_reconstruct')
+        for home in ('core', '_core')
+    ]
     kinds = {type(np.dtype(kind)) for kind in ('f2', 'f4', 'f8', 'i4', 'i8', 'u1', '?')}
-    return [argparse.Namespace, np.ndarray, np.dtype, *kinds, *multiarray, (IgnoredObject, 'mmengine.logging.history_buffer.HistoryBuffer')]
+    return [
+        argparse.Namespace,
+        np.ndarray,
+        np.dtype,
+        *kinds,
+        *multiarray,
+        (IgnoredObject, 'mmengine.logging.history_buffer.HistoryBuffer'),
+    ]
+
 
 def read_weights(
-    file:Path|str,           # .safetensors, .pt, .pth, .pkl, .bin
-    part:str='teacher',      # which network of a checkpoint that holds two: 'teacher' or 'student'
-)->dict[str, Tensor]:
+    file: Path | str,  # .safetensors, .pt, .pth, .pkl, .bin
+    part: str = 'teacher',  # which network of a checkpoint that holds two: 'teacher' or 'student'
+) -> dict[str, Tensor]:
     "The tensors of a checkpoint by name, out of whatever it is wrapped in; a file that is none is a `StudyError`."
     file = Path(file)
-    if not file.is_file(): raise StudyError(f'there is no file {file}')
+    if not file.is_file():
+        raise StudyError(f'there is no file {file}')
     try:
         with torch.serialization.safe_globals(safe_classes()):
-            found = load_file(file) if file.suffix == '.safetensors' else torch.load(file, map_location='cpu', weights_only=True)
+            found = (
+                load_file(file)
+                if file.suffix == '.safetensors'
+                else torch.load(file, map_location='cpu', weights_only=True)
+            )
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
         raise StudyError(f'{file.name} is not a checkpoint: {str(e).splitlines()[0]}') from None
-    except Exception as e:   # unpickling refuses whatever is not plain weights
-        raise StudyError(f'{file.name} holds more than weights and is not opened ({type(e).__name__}); save its state_dict and import that') from None
+    except Exception as e:  # unpickling refuses whatever is not plain weights
+        raise StudyError(
+            f'{file.name} holds more than weights and is not opened ({type(e).__name__}); save its state_dict and import that'
+        ) from None
     wrapped = check_name(part, ('teacher', 'student'), 'part'), *WRAPPERS
-    while isinstance(found, dict) and (inner := next((k for k in wrapped if isinstance(found.get(k), dict)), None)): found = found[inner]
+    while isinstance(found, dict) and (
+        inner := next((k for k in wrapped if isinstance(found.get(k), dict)), None)
+    ):
+        found = found[inner]
     tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, dict) else {}
-    if not tensors: raise StudyError(f'{file.name} holds no weights by name; a state dict is wanted')
+    if not tensors:
+        raise StudyError(f'{file.name} holds no weights by name; a state dict is wanted')
     return tensors
 
 # %% ../../nbs/study/80_exchange.ipynb #06fce01f
 def strip(
-    tensors:dict[str, Tensor],   # a state dict
-)->dict[str, Tensor]:
+    tensors: dict[str, Tensor],  # a state dict
+) -> dict[str, Tensor]:
     "Names without what wrappers put before them; MoCo v3's momentum encoder and other networks beside the encoder are left out."
     inside = r'(cls_token|patch_embed|blocks\.|layers\.|module\.|backbone\.|base_encoder\.)'
-    while prefix := next((p for p in PREFIXES if any(re.match(re.escape(p) + inside, k) for k in tensors)), None):
-        tensors = {k.removeprefix(prefix): v for k, v in sorted(tensors.items(), key=lambda kv: kv[0].startswith(prefix))}
+    while prefix := next(
+        (p for p in PREFIXES if any(re.match(re.escape(p) + inside, k) for k in tensors)), None
+    ):
+        tensors = {
+            k.removeprefix(prefix): v
+            for k, v in sorted(tensors.items(), key=lambda kv: kv[0].startswith(prefix))
+        }
     return tensors
 
 # %% ../../nbs/study/80_exchange.ipynb #c620c428
 def from_mmpretrain(
-    s:dict[str, Tensor],     # SemanticMIM's backbone
-)->dict[str, Tensor]:        # in the BEiT family's names
+    s: dict[str, Tensor],  # SemanticMIM's backbone
+) -> dict[str, Tensor]:  # in the BEiT family's names
     "mmpretrain's names in those of the BEiT family; queries, keys and values joined into one matrix."
     out, K = {}, s['cls_token'].shape[1]
-    rename = (('patch_embed.projection.', 'patch_embed.proj.'), ('layers.', 'blocks.'), ('.ln1.', '.norm1.'), ('.ln2.', '.norm2.'),
-              ('ffn.blocks.0.0.', 'mlp.fc1.'), ('ffn.blocks.1.', 'mlp.fc2.'))
+    rename = (
+        ('patch_embed.projection.', 'patch_embed.proj.'),
+        ('layers.', 'blocks.'),
+        ('.ln1.', '.norm1.'),
+        ('.ln2.', '.norm2.'),
+        ('ffn.blocks.0.0.', 'mlp.fc1.'),
+        ('ffn.blocks.1.', 'mlp.fc2.'),
+    )
     for k, v in s.items():
-        if k.startswith('extra_layers.'): out[k] = v; continue
+        if k.startswith('extra_layers.'):
+            out[k] = v
+            continue
         k = re.sub(r'^ln1\.', 'norm.', k)
-        for a, b in rename: k = k.replace(a, b)
+        for a, b in rename:
+            k = k.replace(a, b)
         out[k] = v
     out['cls_token'] = s['cls_token'][:, :1]
-    if K > 1: out['reg_token'] = s['cls_token'][:, 1:]
+    if K > 1:
+        out['reg_token'] = s['cls_token'][:, 1:]
     for i in {k.split('.')[1] for k in s if k.startswith('layers.')}:
         p = f'blocks.{i}.attn.'
         q, kv = (p + 'q_proj', p + 'kv_proj') if f'{p}q_proj.weight' in out else (p + 'q', p + 'kv')
         out[p + 'qkv.weight'] = torch.cat([out.pop(f'{q}.weight'), out.pop(f'{kv}.weight')])
-        if f'{q}.bias' in out: out[p + 'qkv.bias'] = torch.cat([out.pop(f'{q}.bias'), out.pop(f'{kv}.bias')])
+        if f'{q}.bias' in out:
+            out[p + 'qkv.bias'] = torch.cat([out.pop(f'{q}.bias'), out.pop(f'{kv}.bias')])
     return out
 
 # %% ../../nbs/study/80_exchange.ipynb #49b6894b
 def join_biases(
-    s:dict[str, Tensor],   # the BEiT family's names
-)->dict[str, Tensor]:      # a plain timm vision transformer's
+    s: dict[str, Tensor],  # the BEiT family's names
+) -> dict[str, Tensor]:  # a plain timm vision transformer's
     "Biases of queries and values as one vector with zeros for the keys, and layer scale under timm's name."
     out = {re.sub(r'gamma_(\d)$', r'ls\1.gamma', k): v for k, v in s.items()}
     for k in [k for k in s if k.endswith('attn.q_bias')]:
@@ -145,51 +233,86 @@ def join_biases(
 
 # %% ../../nbs/study/80_exchange.ipynb #8ed445dc
 def read_heads(
-    file:Path,   # a checkpoint
-)->int:          # H; 0 where it is not said
+    file: Path,  # a checkpoint
+) -> int:  # H; 0 where it is not said
     "The number of heads, which no weight shows: from the header of this study's encoders, or the config.json beside timm's."
     try:
         if file.suffix == '.safetensors':
-            with safe_open(file, 'pt') as f: header = f.metadata() or {}
-            if 'encoder' in header: return json.loads(header['encoder'])['heads']
-        return json.loads((file.parent/'config.json').read_text())['model_args']['num_heads'] if file.stem in ('model', 'pytorch_model') else 0
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError): return 0
+            with safe_open(file, 'pt') as f:
+                header = f.metadata() or {}
+            if 'encoder' in header:
+                return json.loads(header['encoder'])['heads']
+        return (
+            json.loads((file.parent / 'config.json').read_text())['model_args']['num_heads']
+            if file.stem in ('model', 'pytorch_model')
+            else 0
+        )
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return 0
+
 
 def shape_of(
-    s:dict[str, Tensor],   # an encoder's weights, in timm's or the BEiT family's names
-    heads:int=0,           # H; 0 reads it from a bias table, or takes heads of 64 channels
-)->tuple[type, dict]:      # the kind of encoder and its arguments
+    s: dict[str, Tensor],  # an encoder's weights, in timm's or the BEiT family's names
+    heads: int = 0,  # H; 0 reads it from a bias table, or takes heads of 64 channels
+) -> tuple[type, dict]:  # the kind of encoder and its arguments
     "Read the encoder's shape from its weights; a `StudyError` says what is missing."
-    if missing := [k for k in ('cls_token', 'patch_embed.proj.weight', 'blocks.0.mlp.fc1.weight') if k not in s]:
-        raise StudyError(f'these weights match nothing of a vision transformer: there is no {missing[0]} among {len(s)} names, e.g. {next(iter(s))}')
-    own = s.get('blocks.0.attn.relative_position_bias_table')   # each block has its table: fine-tuned
+    if missing := [
+        k for k in ('cls_token', 'patch_embed.proj.weight', 'blocks.0.mlp.fc1.weight') if k not in s
+    ]:
+        raise StudyError(
+            f'these weights match nothing of a vision transformer: there is no {missing[0]} among {len(s)} names, e.g. {next(iter(s))}'
+        )
+    own = s.get('blocks.0.attn.relative_position_bias_table')  # each block has its table: fine-tuned
     table = s.get('rel_pos_bias.relative_position_bias_table', own)
     width, patch = s['cls_token'].shape[-1], s['patch_embed.proj.weight'].shape[-1]
     prefix = s['cls_token'].shape[1] + (s['reg_token'].shape[1] if 'reg_token' in s else 0)
-    if table is not None: side = (round((len(table) - 3)**.5) + 1)//2
-    elif 'pos_embed' in s: side = round((s['pos_embed'].shape[1] - prefix)**.5)
-    else: raise StudyError('these weights have neither absolute positions nor tables of relative ones')
-    if side < 1: raise StudyError('there are positions for no patch')
-    heads = heads or (table.shape[1] if table is not None else width//64)
-    if not heads: raise StudyError(f'a width of {width} has no heads of 64 channels, and their number is not in the weights; give it with --heads')
-    scale = next((float(v.mean()) for k, v in s.items() if re.search(r'blocks\.0\.(gamma_1|ls1\.gamma)$', k)), None)
+    if table is not None:
+        side = (round((len(table) - 3) ** 0.5) + 1) // 2
+    elif 'pos_embed' in s:
+        side = round((s['pos_embed'].shape[1] - prefix) ** 0.5)
+    else:
+        raise StudyError('these weights have neither absolute positions nor tables of relative ones')
+    if side < 1:
+        raise StudyError('there are positions for no patch')
+    heads = heads or (table.shape[1] if table is not None else width // 64)
+    if not heads:
+        raise StudyError(
+            f'a width of {width} has no heads of 64 channels, and their number is not in the weights; give it with --heads'
+        )
+    scale = next(
+        (float(v.mean()) for k, v in s.items() if re.search(r'blocks\.0\.(gamma_1|ls1\.gamma)$', k)), None
+    )
     depth = 1 + max(int(k.split('.')[1]) for k in s if k.startswith('blocks.'))
-    return (Encoder if table is None else RelativeEncoder), dict(size=side*patch, patch=patch, width=width, depth=depth, heads=heads, prefix=prefix,
-                layer_scale=scale, mlp_ratio=s['blocks.0.mlp.fc1.weight'].shape[0]/width) | (dict(tuned=True) if own is not None else {})
+    return (Encoder if table is None else RelativeEncoder), dict(
+        size=side * patch,
+        patch=patch,
+        width=width,
+        depth=depth,
+        heads=heads,
+        prefix=prefix,
+        layer_scale=scale,
+        mlp_ratio=s['blocks.0.mlp.fc1.weight'].shape[0] / width,
+    ) | (dict(tuned=True) if own is not None else {})
 
 # %% ../../nbs/study/80_exchange.ipynb #fcfe87c2
 REASONS = (  # a pattern of names that are no part of the encoder -> why
-    (r'mask(ed)?_(token|embed)', 'stands for hidden patches in pre-training'), (r'^decoder|^extra_layers', 'rebuilds patches in pre-training'),
-    (r'lm_head|cls_head|^head\.|neck|target_generator', 'predicts a target or a class'), (r'projectors?|predictor', 'projects features in pre-training'),
-    (r'momentum_encoder|teacher|student', 'belongs to the other network'), (r'relative_position_index|num_batches', 'is computed, not learned'),
-    (r'fc_norm', 'belongs to a classifier'))
+    (r'mask(ed)?_(token|embed)', 'stands for hidden patches in pre-training'),
+    (r'^decoder|^extra_layers', 'rebuilds patches in pre-training'),
+    (r'lm_head|cls_head|^head\.|neck|target_generator', 'predicts a target or a class'),
+    (r'projectors?|predictor', 'projects features in pre-training'),
+    (r'momentum_encoder|teacher|student', 'belongs to the other network'),
+    (r'relative_position_index|num_batches', 'is computed, not learned'),
+    (r'fc_norm', 'belongs to a classifier'),
+)
+
 
 class Imported(NamedTuple):
     "An encoder from elsewhere, and what became of every name of its file."
+
     encoder: Encoder
     matched: list[str]
-    left_out: dict[str, str]   # name -> why
-    guessed: bool              # whether the number of heads is a guess: heads of 64 channels
+    left_out: dict[str, str]  # name -> why
+    guessed: bool  # whether the number of heads is a guess: heads of 64 channels
 
     def _repr_markdown_(self):
         rows = ''.join(f'| `{k}` | {why} |\n' for k, why in self.left_out.items())
@@ -197,29 +320,42 @@ class Imported(NamedTuple):
 
 # %% ../../nbs/study/80_exchange.ipynb #1ea99eca
 def import_encoder(
-    file:Path|str,         # a checkpoint of ConMIM, SemanticMIM, BEiT, MAE, MoCo v3, DINO, iBOT, or any timm vision transformer
-    part:str='teacher',    # which network of a checkpoint that holds two
-    heads:int=0,           # H; 0 reads it from the file or its config.json, or takes heads of 64 channels
-)->Imported:
+    file: Path
+    | str,  # a checkpoint of ConMIM, SemanticMIM, BEiT, MAE, MoCo v3, DINO, iBOT, or any timm vision transformer
+    part: str = 'teacher',  # which network of a checkpoint that holds two
+    heads: int = 0,  # H; 0 reads it from the file or its config.json, or takes heads of 64 channels
+) -> Imported:
     "Open a checkpoint as an encoder of this study; no match, a missing weight or another shape is a `StudyError`."
     file, s = Path(file), read_weights(file, part)
-    if not heads and any('base_encoder.' in k for k in s): heads = 12   # MoCo v3's encoders have 12 at every width
+    if not heads and any('base_encoder.' in k for k in s):
+        heads = 12  # MoCo v3's encoders have 12 at every width
     heads, s = heads or read_heads(file), strip(s)
     try:
-        if any(k.startswith('layers.0.') for k in s) and 'cls_token' in s: s = from_mmpretrain(s)
+        if any(k.startswith('layers.0.') for k in s) and 'cls_token' in s:
+            s = from_mmpretrain(s)
         kind, arguments = shape_of(s, heads)
         encoder = kind(**arguments)
-        if kind is Encoder: s = join_biases(s)
+        if kind is Encoder:
+            s = join_biases(s)
     except (IndexError, KeyError, ValueError, RuntimeError, ZeroDivisionError) as e:
-        raise StudyError(f'{file.name}: its weights do not have the shapes of a vision transformer ({(str(e) or type(e).__name__).splitlines()[0]})') from None
+        raise StudyError(
+            f'{file.name}: its weights do not have the shapes of a vision transformer ({(str(e) or type(e).__name__).splitlines()[0]})'
+        ) from None
     guessed = not heads and kind is Encoder
     wanted = encoder.state_dict()
     wrong = [k for k in wanted if k in s and s[k].shape != wanted[k].shape]
     if wrong:
         have, need = (tuple(t[wrong[0]].shape) for t in (s, wanted))
-        raise StudyError(f'{file.name}: {wrong[0]} has the shape {have}, an encoder of width {encoder.width} needs {need}')
+        raise StudyError(
+            f'{file.name}: {wrong[0]} has the shape {have}, an encoder of width {encoder.width} needs {need}'
+        )
     missing = [k for k in wanted if k not in s]
-    if missing: raise StudyError(f'{file.name} lacks {len(missing)} of the {len(wanted)} tensors of an encoder, e.g. {missing[0]}')
+    if missing:
+        raise StudyError(
+            f'{file.name} lacks {len(missing)} of the {len(wanted)} tensors of an encoder, e.g. {missing[0]}'
+        )
     encoder.load_state_dict({k: s[k] for k in wanted})
-    why = lambda k: next((reason for pattern, reason in REASONS if re.search(pattern, k)), 'has no place in the encoder')
+    why = lambda k: next(
+        (reason for pattern, reason in REASONS if re.search(pattern, k)), 'has no place in the encoder'
+    )
     return Imported(encoder.eval(), list(wanted), {k: why(k) for k in s if k not in wanted}, guessed)

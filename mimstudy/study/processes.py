@@ -24,109 +24,172 @@ from ..engine.files import report_write_errors
 
 # %% ../../nbs/study/40_processes.ipynb #3259a2d5
 CHECKOUT = Path(mimstudy.__file__).resolve().parents[1]
-WARNING = 'warning: '   # what a line begins with that should stay in sight
+WARNING = 'warning: '  # what a line begins with that should stay in sight
+
 
 def run_notebook(
-    name:str,               # 'row', 'pretrain' or 'evaluate'
-    checkout:Path=CHECKOUT, # where the folder nbs lies
-)->Path:
+    name: str,  # 'row', 'pretrain' or 'evaluate'
+    checkout: Path = CHECKOUT,  # where the folder nbs lies
+) -> Path:
     "The file of a run notebook; a `StudyError` where the package was installed without its notebooks."
-    file = checkout/'nbs'/'run'/f'{name}.ipynb'
-    if not file.is_file(): raise StudyError(f'there is no nbs/run/{name}.ipynb beside the package; use a checkout: pip install -e .')
+    file = checkout / 'nbs' / 'run' / f'{name}.ipynb'
+    if not file.is_file():
+        raise StudyError(
+            f'there is no nbs/run/{name}.ipynb beside the package; use a checkout: pip install -e .'
+        )
     return file
 
 # %% ../../nbs/study/40_processes.ipynb #bf2c203a
 def environment(
-    folder:Path|str, # a temporary folder
-    jobs:int=1,      # how many rows share the cores
-)->dict[str, str]:
+    folder: Path | str,  # a temporary folder
+    jobs: int = 1,  # how many rows share the cores
+) -> dict[str, str]:
     "The variables that a row's process starts with; writes its kernelspec below `folder`."
     folder = Path(folder)
     start = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}', '--log-level=ERROR']
-    (kernel := folder/'kernels'/'python3').mkdir(parents=True)
-    (kernel/'kernel.json').write_text(json.dumps(dict(argv=start, display_name='python3', language='python')))
-    def first(path, name): return os.pathsep.join(filter(None, (str(path), os.environ.get(name))))
-    ours = dict(JUPYTER_PATH=first(folder, 'JUPYTER_PATH'), PYTHONPATH=first(CHECKOUT, 'PYTHONPATH'), IPYTHONDIR=str(folder/'ipython'),
-        JUPYTER_RUNTIME_DIR=str(folder/'runtime'), MIMSTUDY_PROGRESS='lines', PYDEVD_DISABLE_FILE_VALIDATION='1', PYTHONIOENCODING='utf-8')
-    if settings_file().is_file(): ours['MIMSTUDY_SETTINGS'] = str(settings_file())
-    if jobs > 1: ours['OMP_NUM_THREADS'] = str(max(1, (os.cpu_count() or 1)//jobs))
+    (kernel := folder / 'kernels' / 'python3').mkdir(parents=True)
+    (kernel / 'kernel.json').write_text(
+        json.dumps(dict(argv=start, display_name='python3', language='python'))
+    )
+
+    def first(path, name):
+        return os.pathsep.join(filter(None, (str(path), os.environ.get(name))))
+
+    ours = dict(
+        JUPYTER_PATH=first(folder, 'JUPYTER_PATH'),
+        PYTHONPATH=first(CHECKOUT, 'PYTHONPATH'),
+        IPYTHONDIR=str(folder / 'ipython'),
+        JUPYTER_RUNTIME_DIR=str(folder / 'runtime'),
+        MIMSTUDY_PROGRESS='lines',
+        PYDEVD_DISABLE_FILE_VALIDATION='1',
+        PYTHONIOENCODING='utf-8',
+    )
+    if settings_file().is_file():
+        ours['MIMSTUDY_SETTINGS'] = str(settings_file())
+    if jobs > 1:
+        ours['OMP_NUM_THREADS'] = str(max(1, (os.cpu_count() or 1) // jobs))
     return os.environ | ours
 
 # %% ../../nbs/study/40_processes.ipynb #f56fd43f
 def command(
-    notebook:Path,    # what to execute
-    out:Path,         # where the executed copy goes
-    parameters:dict,  # names and plain values
-)->list[str]:
+    notebook: Path,  # what to execute
+    out: Path,  # where the executed copy goes
+    parameters: dict,  # names and plain values
+) -> list[str]:
     "The arguments that execute a notebook with this interpreter's papermill, its output on stdout as it comes."
     source, target = (str(p).replace('{', '{{').replace('}', '}}') for p in (notebook, out))
-    return [sys.executable, '-m', 'papermill', source, target, '-k', 'python3', '-l', 'python', '-y', json.dumps(parameters),
-            '--no-progress-bar', '--log-level', 'ERROR', '--stdout-file', '-', '--autosave-cell-every', '0', '--start-timeout', '600']
+    return [
+        sys.executable,
+        '-m',
+        'papermill',
+        source,
+        target,
+        '-k',
+        'python3',
+        '-l',
+        'python',
+        '-y',
+        json.dumps(parameters),
+        '--no-progress-bar',
+        '--log-level',
+        'ERROR',
+        '--stdout-file',
+        '-',
+        '--autosave-cell-every',
+        '0',
+        '--start-timeout',
+        '600',
+    ]
 
 # %% ../../nbs/study/40_processes.ipynb #c4691f7e
 class ProcessGroup:
     "The processes under way, and one way to end them all."
-    def __init__(self): self.children, self.stopped, self.lock = set(), False, Lock()
 
-    def ema_update(self,
-        command:list[str],          # program and arguments
-        env:dict[str, str],         # its variables
-        log:Path,                   # everything it says goes here
-        say:Callable[[str], None],  # is handed each line as it comes
-    )->int:                         # its exit code; -1 where the crew was stopped before
+    def __init__(self):
+        self.children, self.stopped, self.lock = set(), False, Lock()
+
+    def ema_update(
+        self,
+        command: list[str],  # program and arguments
+        env: dict[str, str],  # its variables
+        log: Path,  # everything it says goes here
+        say: Callable[[str], None],  # is handed each line as it comes
+    ) -> int:  # its exit code; -1 where the crew was stopped before
         "Start a process and follow it to its end; what it says on stderr goes to the log alone."
         with log.open('w', encoding='utf-8') as file:
             with self.lock:
-                if self.stopped: return -1
-                child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=file, env=env, cwd=CHECKOUT,
-                                         text=True, encoding='utf-8', errors='replace', start_new_session=True)
+                if self.stopped:
+                    return -1
+                child = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=file,
+                    env=env,
+                    cwd=CHECKOUT,
+                    text=True,
+                    encoding='utf-8',
+                    errors='replace',
+                    start_new_session=True,
+                )
                 self.children.add(child)
             with child:
                 for line in child.stdout:
                     print(line, end='', file=file, flush=True)
-                    if line.strip(): say(line.strip())
+                    if line.strip():
+                        say(line.strip())
         return child.returncode
 
-    def stop(self)->None:
+    def stop(self) -> None:
         "Ask all kernels to end and start no others; a training writes its checkpoint first."
-        with self.lock: self.stopped = True
+        with self.lock:
+            self.stopped = True
         for child in filter(lambda c: c.poll() is None, self.children):
-            with suppress(psutil.NoSuchProcess):   # it may end by itself meanwhile
-                for process in psutil.Process(child.pid).children() or [child]: process.terminate()
+            with suppress(psutil.NoSuchProcess):  # it may end by itself meanwhile
+                for process in psutil.Process(child.pid).children() or [child]:
+                    process.terminate()
 
-    def kill(self)->None:
+    def kill(self) -> None:
         "End all children now."
-        for child in self.children: child.kill()
+        for child in self.children:
+            child.kill()
 
 # %% ../../nbs/study/40_processes.ipynb #63a6cb29
 def failure_reason(
-    notebook:Path,   # the executed copy, perhaps not there
-    log:Path,        # what its process said
-)->str|None:         # None: it went well
+    notebook: Path,  # the executed copy, perhaps not there
+    log: Path,  # what its process said
+) -> str | None:  # None: it went well
     "The one line that says why an executed notebook stopped."
-    def near(path): return os.path.relpath(path)
-    try: cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
-    except (OSError, ValueError): cells = []
+
+    def near(path):
+        return os.path.relpath(path)
+
+    try:
+        cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
+    except (OSError, ValueError):
+        cells = []
     outputs = [o for cell in cells for o in cell.get('outputs', ())]
     for o in outputs:
-        if o['output_type'] != 'error': continue
+        if o['output_type'] != 'error':
+            continue
         said = (o['evalue'].strip().splitlines() or [''])[-1]
         return said if o['ename'] == 'StudyError' else f'{o["ename"]}: {said} (see {near(notebook)})'
     said = log.read_text(encoding='utf-8').strip().splitlines() if log.is_file() else []
-    if any('DeadKernelError' in line for line in said): return f'its kernel died, perhaps for want of memory (see {near(log)})'
+    if any('DeadKernelError' in line for line in said):
+        return f'its kernel died, perhaps for want of memory (see {near(log)})'
     return f'{said[-1] if said else "it ended without a word"} (see {near(log)})'
 
 # %% ../../nbs/study/40_processes.ipynb #05a28471
 def execute(
-    notebook:Path,                    # what to execute
-    parameters:dict,                  # names and plain values
-    folder:Path,                      # gets the executed copy and its log
-    env:dict[str, str],               # from `environment`
-    say:Callable[[str], None]=print,  # is handed each line
-    crew:ProcessGroup|None=None,              # who can stop it
-)->str|None:                          # None, or why it failed
+    notebook: Path,  # what to execute
+    parameters: dict,  # names and plain values
+    folder: Path,  # gets the executed copy and its log
+    env: dict[str, str],  # from `environment`
+    say: Callable[[str], None] = print,  # is handed each line
+    crew: ProcessGroup | None = None,  # who can stop it
+) -> str | None:  # None, or why it failed
     "Execute a notebook in a process of its own and follow what it prints; gives the reason of a failure."
-    out = folder/notebook.name
+    out = folder / notebook.name
     log = out.with_suffix('.log')
     with report_write_errors(log):
         folder.mkdir(parents=True, exist_ok=True)

@@ -36,189 +36,265 @@ from ..papers.tables import TABLES, Experiment, experiment, slug
 PARAMETERS = dict(experiment=str, scale=str, data=str, seed=int, out=str, protocols=str)
 KINDS = {str: 'a text', int: 'a whole number'}
 
+
 def check_parameters(
-    given:dict,   # names and values: the `globals()` of a run notebook
-)->Experiment:    # what these parameters ask for
+    given: dict,  # names and values: the `globals()` of a run notebook
+) -> Experiment:  # what these parameters ask for
     "The experiment that a run notebook is asked for; an unknown name or a wrong type is a `StudyError`."
     for name, value in given.items():
-        plain = not name.startswith('_') and name not in ('In', 'Out') and isinstance(value, str|int|float|list|dict|None)
-        if name not in PARAMETERS and not plain: continue
+        plain = (
+            not name.startswith('_')
+            and name not in ('In', 'Out')
+            and isinstance(value, str | int | float | list | dict | None)
+        )
+        if name not in PARAMETERS and not plain:
+            continue
         kind = PARAMETERS[check_name(name, PARAMETERS, 'parameter')]
-        if type(value) is not kind: raise StudyError(f'the parameter "{name}" must be {KINDS[kind]}, not {value!r}')
-    if given['seed'] < 0: raise StudyError(f'the parameter "seed" must be 0 or more, not {given["seed"]}')
-    asked = experiment(given['experiment'], given['scale'], given['data'], given['seed'], tuple(given.get('protocols', '').split()))
-    if not asked.protocols: raise StudyError(f'{asked.name} has no encoder that {given["protocols"]} could train further')
+        if type(value) is not kind:
+            raise StudyError(f'the parameter "{name}" must be {KINDS[kind]}, not {value!r}')
+    if given['seed'] < 0:
+        raise StudyError(f'the parameter "seed" must be 0 or more, not {given["seed"]}')
+    asked = experiment(
+        given['experiment'],
+        given['scale'],
+        given['data'],
+        given['seed'],
+        tuple(given.get('protocols', '').split()),
+    )
+    if not asked.protocols:
+        raise StudyError(f'{asked.name} has no encoder that {given["protocols"]} could train further')
     return asked
 
 # %% ../../nbs/study/60_scheduler.ipynb #e525574d
 class Step(NamedTuple):
     "One row with one seed, and how far it is."
+
     experiment: Experiment
-    status: str   # 'done', 'trained', 'resumable' or 'missing'
+    status: str  # 'done', 'trained', 'resumable' or 'missing'
+
 
 def status(
-    experiment:Experiment,
-    results:RecordStore,       # the store
-)->str:                    # 'done', 'trained' and not measured, 'resumable' or 'missing'
+    experiment: Experiment,
+    results: RecordStore,  # the store
+) -> str:  # 'done', 'trained' and not measured, 'resumable' or 'missing'
     "How far an experiment is, judged by its records and its training's checkpoint."
-    if results.done(experiment): return 'done'
+    if results.done(experiment):
+        return 'done'
     folder = results.run_folder(experiment.train_id)
     return 'trained' if is_finished(folder) else 'resumable' if is_resumable(folder) else 'missing'
 
 # %% ../../nbs/study/60_scheduler.ipynb #4b5931ca
 def plan(
-    table:str,                  # the table's name
-    rows:Sequence[str]=(),      # names of rows; none means all
-    scale:str='laptop',         # 'smoke', 'laptop', 'gpu' or 'paper'
-    data:str='',                # a dataset's name; '' is the one of the scale
-    seeds:Sequence[int]=(0,),   # one run each
-    results:RecordStore|None=None,  # the store; the one in the settings by default
-    protocols:Sequence[str]=(), # of the table; its probes by default
-)->list[Step]:
+    table: str,  # the table's name
+    rows: Sequence[str] = (),  # names of rows; none means all
+    scale: str = 'laptop',  # 'smoke', 'laptop', 'gpu' or 'paper'
+    data: str = '',  # a dataset's name; '' is the one of the scale
+    seeds: Sequence[int] = (0,),  # one run each
+    results: RecordStore | None = None,  # the store; the one in the settings by default
+    protocols: Sequence[str] = (),  # of the table; its probes by default
+) -> list[Step]:
     "The steps that a table, or some of its rows, asks for; an unknown name is a `StudyError`."
     results = results or RecordStore()
     names = rows or [row.name for row in TABLES[check_name(table, TABLES, 'table')].rows]
-    asked = [experiment(f'{table}/{name}', scale, data, seed, tuple(protocols)) for seed in dict.fromkeys(seeds) for name in dict.fromkeys(names)]
+    asked = [
+        experiment(f'{table}/{name}', scale, data, seed, tuple(protocols))
+        for seed in dict.fromkeys(seeds)
+        for name in dict.fromkeys(names)
+    ]
     return [Step(one, status(one, results)) for one in asked if one.protocols]
 
 # %% ../../nbs/study/60_scheduler.ipynb #b0a80719
 def training_progress(
-    experiment:Experiment,
-    results:RecordStore,       # the store
-)->str:                    # '43 %, epoch 4.3 of 10, loss 5.12'
+    experiment: Experiment,
+    results: RecordStore,  # the store
+) -> str:  # '43 %, epoch 4.3 of 10, loss 5.12'
     "How far the unfinished training of an experiment is, from the last line of its log."
     log, epochs = read_log(results.run_folder(experiment.train_id)), experiment.recipe.epochs
-    if log.empty: return 'its log is gone'
+    if log.empty:
+        return 'its log is gone'
     last = log.iloc[-1]
-    return f'{100*last.epoch/epochs:.0f} %, epoch {last.epoch:.1f} of {epochs}, loss {last.loss:.4g}'
+    return f'{100 * last.epoch / epochs:.0f} %, epoch {last.epoch:.1f} of {epochs}, loss {last.loss:.4g}'
 
 # %% ../../nbs/study/60_scheduler.ipynb #e6858649
 def check_data(
-    names:Iterable[str],  # of datasets
-)->None:
+    names: Iterable[str],  # of datasets
+) -> None:
     "Raise a `StudyError` that says where to put it, for the first dataset that is not on this machine and is not made or fetched."
     for name in names:
-        if name not in DATASETS or DATASETS[name].kind == 'local': dataset_path(name)
+        if name not in DATASETS or DATASETS[name].kind == 'local':
+            dataset_path(name)
 
 # %% ../../nbs/study/60_scheduler.ipynb #8acac01b
 def percent(
-    line:str,   # what a row printed
-)->float:       # 0 … 1; 0 where it names none
+    line: str,  # what a row printed
+) -> float:  # 0 … 1; 0 where it names none
     "How far a row says it is, read from `43 %` in its line."
     found = re.search(r'(?<![\d.])(\d{1,3}) %', line)
-    return min(int(found.group(1)), 100)/100 if found else 0.
+    return min(int(found.group(1)), 100) / 100 if found else 0.0
+
 
 class ProgressDisplay:
     "One bar over all rows in a terminal, plain lines elsewhere."
-    def __init__(self,
-        rows:int,                  # how many there are to do
-        file:TextIO|None=None,     # stderr by default
+
+    def __init__(
+        self,
+        rows: int,  # how many there are to do
+        file: TextIO | None = None,  # stderr by default
     ):
         self.file, self.far, self.part = file or sys.stderr, {}, {}
         watched = self.file.isatty() and os.environ.get('MIMSTUDY_PROGRESS') != 'lines'
-        shape, columns = '{percentage:3.0f} % {bar:20} {elapsed}<{remaining}  {desc}', get_terminal_size().columns
-        self.bar = tqdm(total=rows, file=self.file, bar_format=shape, ncols=columns, leave=False) if watched else None
+        shape, columns = (
+            '{percentage:3.0f} % {bar:20} {elapsed}<{remaining}  {desc}',
+            get_terminal_size().columns,
+        )
+        self.bar = (
+            tqdm(total=rows, file=self.file, bar_format=shape, ncols=columns, leave=False)
+            if watched
+            else None
+        )
 
-    def tell(self,
-        name:str,           # the row
-        line:str,           # what it says
-        far:float=0.,       # how far it is at least, 0 … 1
-        parts:int=1,        # trainings of this row, each of which counts to 100 %
-    )->None:
+    def tell(
+        self,
+        name: str,  # the row
+        line: str,  # what it says
+        far: float = 0.0,  # how far it is at least, 0 … 1
+        parts: int = 1,  # trainings of this row, each of which counts to 100 %
+    ) -> None:
         "Show a row's line, and move the bar."
-        done, last = self.part.get(name, (0, 0.))
-        if (now := percent(line) or last) < last and done < parts - 1: done += 1   # the next one has begun
+        done, last = self.part.get(name, (0, 0.0))
+        if (now := percent(line) or last) < last and done < parts - 1:
+            done += 1  # the next one has begun
         self.part[name] = done, now
-        self.far[name] = max(self.far.get(name, 0.), (done + now)/parts, far)
-        if self.bar is None: print(f'{name}: {line}', file=self.file, flush=True)
-        else: self.bar.n = sum(self.far.values()); self.bar.set_description_str(f'{name}: {line}')
+        self.far[name] = max(self.far.get(name, 0.0), (done + now) / parts, far)
+        if self.bar is None:
+            print(f'{name}: {line}', file=self.file, flush=True)
+        else:
+            self.bar.n = sum(self.far.values())
+            self.bar.set_description_str(f'{name}: {line}')
 
-    def keep(self,
-        line:str,           # stays above the bar
-    )->None:
+    def keep(
+        self,
+        line: str,  # stays above the bar
+    ) -> None:
         "Print a line that the bar does not overwrite."
-        if self.bar is None: print(line, file=self.file, flush=True)
-        else: self.bar.write(line, file=self.file)
+        if self.bar is None:
+            print(line, file=self.file, flush=True)
+        else:
+            self.bar.write(line, file=self.file)
 
-    def close(self)->None:
+    def close(self) -> None:
         "Take the bar away."
-        if self.bar is not None: self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 # %% ../../nbs/study/60_scheduler.ipynb #1e5dfe7f
 class Failure(NamedTuple):
     "A row that did not get to its end."
-    name: str     # of the step
-    why: str      # one line
 
-def title(experiment:Experiment)->str:
+    name: str  # of the step
+    why: str  # one line
+
+
+def title(experiment: Experiment) -> str:
     "What progress lines call a row."
     return f'{experiment.row} seed {experiment.seed}'
 
+
 def run_row(
-    experiment:Experiment,
-    results:RecordStore,
-    env:dict[str, str],      # from `environment`
-    display:ProgressDisplay,
-    crew:ProcessGroup,
-)->str|None:                 # None, or why it failed
+    experiment: Experiment,
+    results: RecordStore,
+    env: dict[str, str],  # from `environment`
+    display: ProgressDisplay,
+    crew: ProcessGroup,
+) -> str | None:  # None, or why it failed
     "Execute the row's notebook, unless its records are there; raises `Timeout` while another run holds the row."
     e, asked = experiment, ' '.join(experiment.protocols)
-    page = e.id if e.protocols == TABLES[e.table].probes else f'{e.id}-{slug(asked)}'   # another page than the probes'
-    folder = results.root/'runs'/page
-    with report_write_errors(folder): folder.mkdir(parents=True, exist_ok=True)
-    with report_write_errors(folder/'row.lock'): lock = FileLock(folder/'row.lock', timeout=0).acquire()
+    page = (
+        e.id if e.protocols == TABLES[e.table].probes else f'{e.id}-{slug(asked)}'
+    )  # another page than the probes'
+    folder = results.root / 'runs' / page
+    with report_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with report_write_errors(folder / 'row.lock'):
+        lock = FileLock(folder / 'row.lock', timeout=0).acquire()
     with lock:
-        if results.done(e): return None
-        given = dict(experiment=e.name, scale=e.scale, data=e.data, seed=e.seed, out=str(results.root.resolve()), protocols=asked)
-        parts = sum(1 + (r.method == 'finetune') for r in configs_of(e))   # fine-tuning is two
-        def say(line): (display.keep(f'{title(e)}: {line}') if line.startswith(WARNING) else display.tell(title(e), line, parts=parts))
+        if results.done(e):
+            return None
+        given = dict(
+            experiment=e.name,
+            scale=e.scale,
+            data=e.data,
+            seed=e.seed,
+            out=str(results.root.resolve()),
+            protocols=asked,
+        )
+        parts = sum(1 + (r.method == 'finetune') for r in configs_of(e))  # fine-tuning is two
+
+        def say(line):
+            (
+                display.keep(f'{title(e)}: {line}')
+                if line.startswith(WARNING)
+                else display.tell(title(e), line, parts=parts)
+            )
+
         return execute(run_notebook('row'), given, folder, env, say, crew)
 
 # %% ../../nbs/study/60_scheduler.ipynb #57e434cc
 def _work(
-    queue:deque,             # experiments to do; several hands may take from it
-    failures:list,           # gets a `Failure` for each row that failed
-    results:RecordStore,
-    env:dict[str, str],
-    display:ProgressDisplay,
-    crew:ProcessGroup,
-)->None:
+    queue: deque,  # experiments to do; several hands may take from it
+    failures: list,  # gets a `Failure` for each row that failed
+    results: RecordStore,
+    env: dict[str, str],
+    display: ProgressDisplay,
+    crew: ProcessGroup,
+) -> None:
     "Take rows from the queue until none is left; rows that another run holds go to its end."
     while queue and not crew.stopped:
-        try: e = queue.popleft()
-        except IndexError: return
-        try: why = run_row(e, results, env, display, crew)
+        try:
+            e = queue.popleft()
+        except IndexError:
+            return
+        try:
+            why = run_row(e, results, env, display, crew)
         except Timeout:
-            if title(e) not in display.far: display.tell(title(e), 'another run is at it; it comes last')
+            if title(e) not in display.far:
+                display.tell(title(e), 'another run is at it; it comes last')
             queue.append(e)
             time.sleep(1)
             continue
-        except StudyError as e: why = str(e)
-        if crew.stopped: return
-        if why: failures.append(Failure(title(e), why))
-        display.keep(f'error: {title(e)}: {why}') if why else display.tell(title(e), 'done', far=1.)
+        except StudyError as e:
+            why = str(e)
+        if crew.stopped:
+            return
+        if why:
+            failures.append(Failure(title(e), why))
+        display.keep(f'error: {title(e)}: {why}') if why else display.tell(title(e), 'done', far=1.0)
 
 # %% ../../nbs/study/60_scheduler.ipynb #1a108cb0
 def run(
-    steps:Sequence[Step],       # from `plan`
-    results:RecordStore|None=None,  # the store; the one in the settings by default
-    jobs:int=1,                 # rows at a time
-)->list[Failure]:               # empty when all went well
+    steps: Sequence[Step],  # from `plan`
+    results: RecordStore | None = None,  # the store; the one in the settings by default
+    jobs: int = 1,  # rows at a time
+) -> list[Failure]:  # empty when all went well
     "Carry out what is not done, each row in a process of its own; an interrupt ends them all."
     results, crew, failures = results or RecordStore(), ProcessGroup(), []
     queue = deque(step.experiment for step in steps if step.status != 'done')
-    resolve_device(settings().device)   # what is wrong with it is better said before a process starts
+    resolve_device(settings().device)  # what is wrong with it is better said before a process starts
     check_data(dict.fromkeys(r.data for e in queue for r in configs_of(e)))
     display = ProgressDisplay(len(queue))
     with TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         env = environment(folder, jobs)
         hands = [pool.submit(_work, queue, failures, results, env, display, crew) for _ in range(jobs)]
-        try: [hand.result() for hand in hands]
+        try:
+            [hand.result() for hand in hands]
         except KeyboardInterrupt:
             display.keep('stopping: trainings under way write their checkpoints; once more to stop at once')
             crew.stop()
-            try: [hand.result() for hand in hands]
-            except KeyboardInterrupt: crew.kill()
+            try:
+                [hand.result() for hand in hands]
+            except KeyboardInterrupt:
+                crew.kill()
             raise
-        finally: display.close()
+        finally:
+            display.close()
     return failures

@@ -1,11 +1,12 @@
 "SemanticMIM's segmentation probe against the official code: logits, loss, gradients, answers, mIoU."
+
 import torch
 from conftest import assert_close
-from mimstudy.evaluate.segmentation import confusion, mean_iou, per_pixel, readout, segmentation_loss
+from mimstudy.evaluate.segmentation import confusion_matrix, mean_iou, pixel_logits, linear_segmentation_head, segmentation_loss
 
 
 def head_of(g):
-    head = readout(16, 21)
+    head = linear_segmentation_head(16, 21)
     head.load_state_dict({'weight': g['head.weight'], 'bias': g['head.bias']})
     return head
 
@@ -13,7 +14,7 @@ def head_of(g):
 def test_logits_loss_and_gradients(golden):
     g = golden('seg_probe')
     head = head_of(g)
-    logits = per_pixel(head, g['features'], 20)
+    logits = pixel_logits(head, g['features'], 20)
     assert_close(logits, g['train_logits'])
     loss = segmentation_loss(logits, g['labels'][:, 0])
     assert_close(loss, g['loss'])
@@ -25,20 +26,20 @@ def test_logits_loss_and_gradients(golden):
 
 def test_answers_and_score(golden):
     g = golden('seg_probe')
-    answers = per_pixel(head_of(g), g['features'], 28).argmax(1)
+    answers = pixel_logits(head_of(g), g['features'], 28).argmax(1)
     assert answers.equal(g['eval_preds'][:, 0].long())
-    counts = confusion(answers, g['labels'][:, 0], 21)
+    counts = confusion_matrix(answers, g['labels'][:, 0], 21)
     assert counts.equal(g['confusion'])
-    assert abs(mean_iou(counts, 'zero')/100/g['miou'].item() - 1) < 5e-6
+    assert abs(mean_iou(counts, 'zero') / 100 / g['miou'].item() - 1) < 5e-6
 
 
 def test_absent_classes(golden):
     g = golden('seg_probe')
-    counts = confusion(g['preds_b'][:, 0].long(), g['labels_b'][:, 0], 21)
+    counts = confusion_matrix(g['preds_b'][:, 0].long(), g['labels_b'][:, 0], 21)
     assert counts.equal(g['confusion_b'])
     seen = ((counts.sum(0) + counts.sum(1)) > 0).sum().item()
-    assert seen < 21 and abs(mean_iou(counts, 'zero')/100/g['miou_b'].item() - 1) < 5e-6
-    assert abs(mean_iou(counts) - mean_iou(counts, 'zero')*21/seen) < 1e-10
+    assert seen < 21 and abs(mean_iou(counts, 'zero') / 100 / g['miou_b'].item() - 1) < 5e-6
+    assert abs(mean_iou(counts) - mean_iou(counts, 'zero') * 21 / seen) < 1e-10
 
 
 def test_tables_of_batches_add_up():
@@ -47,6 +48,7 @@ def test_tables_of_batches_add_up():
     labels[:, 0] = 255
     slow = torch.zeros(5, 5, dtype=torch.long)
     for p, t in zip(preds.flatten().tolist(), labels.flatten().tolist()):
-        if t != 255: slow[t, p] += 1
-    assert confusion(preds, labels, 5).equal(slow)
-    assert (confusion(preds[:2], labels[:2], 5) + confusion(preds[2:], labels[2:], 5)).equal(slow)
+        if t != 255:
+            slow[t, p] += 1
+    assert confusion_matrix(preds, labels, 5).equal(slow)
+    assert (confusion_matrix(preds[:2], labels[:2], 5) + confusion_matrix(preds[2:], labels[2:], 5)).equal(slow)

@@ -1,4 +1,5 @@
 "Evaluation: one deterministic pass, and protocols that agree with their slow twins."
+
 import time
 
 import numpy as np
@@ -15,9 +16,9 @@ from mimstudy.core.errors import StudyError
 from mimstudy.core.scenes import CLASSES, scenes
 from mimstudy.engine.datasets import InMemoryDataset
 from mimstudy.evaluate.catalogue import PROTOCOLS, evaluate
-from mimstudy.evaluate.features import Features, collect, evaluating, flat_scores, raw_pixels
-from mimstudy.evaluate.knn import knn, votes
-from mimstudy.evaluate.linear import PENALTIES, choose_penalty, fit, held_out, linear, objective, standardised
+from mimstudy.evaluate.features import Features, extract_features, evaluation_mode, flat_scores, raw_pixels
+from mimstudy.evaluate.knn import knn, knn_votes
+from mimstudy.evaluate.linear import PENALTIES, choose_penalty, fit_logistic_regression, held_out, linear, objective, standardise
 from mimstudy.parts.encoder import Encoder
 from mimstudy.parts.views import normalise
 
@@ -29,30 +30,39 @@ def make_set(n, size=32, seed=0):
 
 def make_encoder(**options):
     torch.manual_seed(0)
-    return Encoder(**dict(size=32, patch=8, width=32, depth=3, heads=4, prefix=2, drop_path=.5, layer_scale=.1) | options)
+    return Encoder(
+        **dict(size=32, patch=8, width=32, depth=3, heads=4, prefix=2, drop_path=0.5, layer_scale=0.1)
+        | options
+    )
 
 
-def make_features(n, classes, width, g, signal=1.):
+def make_features(n, classes, width, g, signal=1.0):
     "Correlated features of very different scales, with `signal` of the class in them."
     y = torch.randint(classes, (n,), generator=g)
-    mix = torch.randn(width, width, generator=torch.Generator().manual_seed(1))*torch.logspace(1, -2, width)
+    mix = torch.randn(width, width, generator=torch.Generator().manual_seed(1)) * torch.logspace(1, -2, width)
     centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(2))
-    return Features({(1, 'patch'): (signal*centres[y] + torch.randn(n, width, generator=g)) @ mix}, y, [str(k) for k in range(classes)])
+    return Features(
+        {(1, 'patch'): (signal * centres[y] + torch.randn(n, width, generator=g)) @ mix},
+        y,
+        [str(k) for k in range(classes)],
+    )
 
 
 @pytest.fixture
-def g(): return torch.Generator().manual_seed(0)
+def g():
+    return torch.Generator().manual_seed(0)
 
 
 # features
 
+
 def test_features_are_the_means_of_every_block():
     "Slow twin: the blocks are run one by one."
     encoder, images = make_encoder().eval(), make_set(20)
-    table = collect(encoder, images, 'cpu', batch=7).table
+    table = extract_features(encoder, images, 'cpu', batch=7).table
     assert list(table) == [(l, token) for l in (1, 2, 3) for token in ('prefix', 'patch')]
     with torch.no_grad():
-        x = normalise(images.images.float()/255)
+        x = normalise(images.images.float() / 255)
         z = torch.cat([encoder.prefix_tokens(20), encoder.patch_tokens(x)], 1)
         for l, block in enumerate(encoder.blocks, start=1):
             z = block(z)
@@ -63,78 +73,108 @@ def test_features_are_the_means_of_every_block():
 def test_reading_twice_is_bit_equal_and_leaves_no_trace():
     encoder, images = make_encoder(), make_set(20)
     encoder.train()
-    encoder.blocks[1].eval()                       # a part that somebody has frozen
+    encoder.blocks[1].eval()  # a part that somebody has frozen
     modes, state = [m.training for m in encoder.modules()], torch.get_rng_state()
-    a, b = (collect(encoder, images, 'cpu') for _ in range(2))
-    assert all(a.table[k].equal(b.table[k]) for k in a.table) and a.labels.equal(images.labels) and a.classes == list(CLASSES)
+    a, b = (extract_features(encoder, images, 'cpu') for _ in range(2))
+    assert (
+        all(a.table[k].equal(b.table[k]) for k in a.table)
+        and a.labels.equal(images.labels)
+        and a.classes == list(CLASSES)
+    )
     assert [m.training for m in encoder.modules()] == modes and torch.get_rng_state().equal(state)
-    assert not any(t.requires_grad for t in a.table.values()) and all(t.dtype == torch.float32 for t in a.table.values())
+    assert not any(t.requires_grad for t in a.table.values()) and all(
+        t.dtype == torch.float32 for t in a.table.values()
+    )
 
 
 def test_modes_come_back_after_an_error():
     encoder = make_encoder().train()
-    with pytest.raises(ZeroDivisionError), evaluating(encoder): 1/0
+    with pytest.raises(ZeroDivisionError), evaluation_mode(encoder):
+        1 / 0
     assert encoder.blocks[0].training and torch.is_grad_enabled()
 
 
 def test_neighbours_in_the_batch_do_not_matter():
     encoder, images = make_encoder(), make_set(20)
-    a, b = (collect(encoder, images, 'cpu', batch=batch) for batch in (20, 3))
-    for k in a.table: assert_close(a.table[k], b.table[k])
+    a, b = (extract_features(encoder, images, 'cpu', batch=batch) for batch in (20, 3))
+    for k in a.table:
+        assert_close(a.table[k], b.table[k])
 
 
 def test_batch_norm_uses_its_running_statistics_and_keeps_them():
     encoder, images = make_encoder(), make_set(12)
     encoder.patch_embed.proj = nn.Sequential(encoder.patch_embed.proj, nn.BatchNorm2d(32))
     encoder.train()
-    collect(encoder, images, 'cpu', batch=4)
+    extract_features(encoder, images, 'cpu', batch=4)
     assert encoder.patch_embed.proj[1].num_batches_tracked == 0
 
 
-@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'vit_small_patch16_dinov3', 'beit_base_patch16_224'])
+@pytest.mark.parametrize(
+    'name', ['vit_tiny_patch16_224', 'vit_small_patch16_dinov3', 'beit_base_patch16_224']
+)
 def test_other_encoders_of_timm_can_be_read(name):
     encoder = timm.create_model(name, img_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=0)
-    table = collect(encoder, make_set(6), 'cpu').table
-    assert set(table) == {(l, t) for l in (1, 2) for t in ('prefix', 'patch')} and table[2, 'patch'].shape == (6, 48)
+    table = extract_features(encoder, make_set(6), 'cpu').table
+    assert set(table) == {(l, t) for l in (1, 2) for t in ('prefix', 'patch')} and table[
+        2, 'patch'
+    ].shape == (6, 48)
 
 
 def test_images_of_another_side_are_resized():
     large, small = make_set(8, size=64), make_set(8, size=32)
     encoder = make_encoder()
-    a, b = (collect(encoder, p, 'cpu').table[3, 'patch'] for p in (large, small))
-    assert a.shape == b.shape and F.cosine_similarity(a, b).min() > .9
+    a, b = (extract_features(encoder, p, 'cpu').table[3, 'patch'] for p in (large, small))
+    assert a.shape == b.shape and F.cosine_similarity(a, b).min() > 0.9
 
 
 def test_raw_pixels_are_block_averages():
     images = make_set(5, size=64)
     x = raw_pixels(images, 'cpu', batch=2).table[0, 'pixels'].numpy()
-    slow = np.array([[p[c, i:i+4, j:j+4].mean()/255 for c in range(3) for i in range(0, 64, 4) for j in range(0, 64, 4)] for p in images.images.numpy()])
+    slow = np.array(
+        [
+            [
+                p[c, i : i + 4, j : j + 4].mean() / 255
+                for c in range(3)
+                for i in range(0, 64, 4)
+                for j in range(0, 64, 4)
+            ]
+            for p in images.images.numpy()
+        ]
+    )
     assert_close(x, slow)
 
 
 def test_the_best_block_is_per_token_and_the_first_of_equals():
-    flat = flat_scores('p', {(1, 'prefix'): 3., (2, 'prefix'): 3., (1, 'patch'): 1., (2, 'patch'): 2.})
-    assert flat['p/best/prefix/block'] == 1 and flat['p/best/patch/block'] == 2 and flat['p/best/patch'] == 2. == flat['p/2/patch']
+    flat = flat_scores('p', {(1, 'prefix'): 3.0, (2, 'prefix'): 3.0, (1, 'patch'): 1.0, (2, 'patch'): 2.0})
+    assert (
+        flat['p/best/prefix/block'] == 1
+        and flat['p/best/patch/block'] == 2
+        and flat['p/best/patch'] == 2.0 == flat['p/2/patch']
+    )
 
 
 # nearest neighbours
 
+
 def slow_knn(train, val, entry, k, temperature):
     "One query at a time, in numpy."
     bank, right = train.table[entry].double().numpy(), 0
-    bank = bank/np.linalg.norm(bank, axis=1, keepdims=True)
+    bank = bank / np.linalg.norm(bank, axis=1, keepdims=True)
     for q, label in zip(val.table[entry].double().numpy(), val.labels.tolist()):
-        similarity = bank @ (q/np.linalg.norm(q))
+        similarity = bank @ (q / np.linalg.norm(q))
         score = np.zeros(len(train.classes))
-        for i in np.argsort(-similarity)[:k]: score[train.labels[i]] += np.exp(similarity[i]/temperature)
+        for i in np.argsort(-similarity)[:k]:
+            score[train.labels[i]] += np.exp(similarity[i] / temperature)
         right += score.argmax() == label
-    return 100*right/len(val.labels)
+    return 100 * right / len(val.labels)
 
 
-@pytest.mark.parametrize('k, temperature', [(20, .07), (1, .07), (5, 1.)])
+@pytest.mark.parametrize('k, temperature', [(20, 0.07), (1, 0.07), (5, 1.0)])
 def test_knn_agrees_with_its_slow_twin(g, k, temperature):
     train, val = make_features(300, 7, 12, g), make_features(150, 7, 12, g)
-    assert knn(train, val, k, temperature, chunk=64)['knn/1/patch'] == slow_knn(train, val, (1, 'patch'), k, temperature)
+    assert knn(train, val, k, temperature, chunk=64)['knn/1/patch'] == slow_knn(
+        train, val, (1, 'patch'), k, temperature
+    )
 
 
 def test_knn_does_not_depend_on_the_order_of_the_bank_or_on_rotations(g):
@@ -148,87 +188,112 @@ def test_knn_does_not_depend_on_the_order_of_the_bank_or_on_rotations(g):
 def test_knn_of_all_images_at_equal_weight_is_the_largest_class(g):
     train, val = make_features(60, 3, 4, g), make_features(30, 3, 4, g)
     unit = [F.normalize(f.table[1, 'patch'], dim=1) for f in (train, val)]
-    ballot = votes(unit[1], unit[0], train.labels, 3, k=60, temperature=1e9)
+    ballot = knn_votes(unit[1], unit[0], train.labels, 3, k=60, temperature=1e9)
     assert_close(ballot, train.labels.bincount(minlength=3).expand(30, 3), 1e-5)
 
 
 # linear probe
 
+
 def sklearn_fit(x, y, penalty):
     "The same objective elsewhere: sum of losses + 1/(2C)·‖W‖², so C = 1/(n λ)."
-    return LogisticRegression(C=1/(len(y)*penalty), tol=1e-8, max_iter=5000).fit(x.double().numpy(), y.numpy())
+    return LogisticRegression(C=1 / (len(y) * penalty), tol=1e-8, max_iter=5000).fit(
+        x.double().numpy(), y.numpy()
+    )
 
 
 @pytest.mark.parametrize('penalty', [1e-1, 1e-3, 1e-5])
 def test_fit_agrees_with_sklearn(g, penalty):
-    train, val = make_features(1000, 6, 20, g, .7), make_features(500, 6, 20, g, .7)
-    x, x_val = standardised(train.table[1, 'patch'], val.table[1, 'patch'])
-    weight, bias = fit(x, train.labels, 6, penalty)
+    train, val = make_features(1000, 6, 20, g, 0.7), make_features(500, 6, 20, g, 0.7)
+    x, x_val = standardise(train.table[1, 'patch'], val.table[1, 'patch'])
+    weight, bias = fit_logistic_regression(x, train.labels, 6, penalty)
     twin = sklearn_fit(x, train.labels, penalty)
-    ours, theirs = (objective(torch.as_tensor(w).double(), torch.as_tensor(b).double(), x.double(), train.labels, penalty)
-                    for w, b in ((weight, bias), (twin.coef_, twin.intercept_)))
+    ours, theirs = (
+        objective(torch.as_tensor(w).double(), torch.as_tensor(b).double(), x.double(), train.labels, penalty)
+        for w, b in ((weight, bias), (twin.coef_, twin.intercept_))
+    )
     assert theirs - 1e-9 <= ours <= theirs + 2e-4
     said = F.linear(x_val, weight, bias).argmax(1).numpy()
-    assert (said == twin.predict(x_val.double().numpy())).mean() >= .99
-    assert abs((said == val.labels.numpy()).mean() - twin.score(x_val.double().numpy(), val.labels.numpy())) <= .004
+    assert (said == twin.predict(x_val.double().numpy())).mean() >= 0.99
+    assert (
+        abs((said == val.labels.numpy()).mean() - twin.score(x_val.double().numpy(), val.labels.numpy()))
+        <= 0.004
+    )
 
 
 def test_standardising_is_sklearns(g):
-    x, x_val = torch.randn(50, 4, generator=g)*torch.tensor([1., 100, 1e-3, 0]) + 5, torch.randn(20, 4, generator=g)
+    x, x_val = (
+        torch.randn(50, 4, generator=g) * torch.tensor([1.0, 100, 1e-3, 0]) + 5,
+        torch.randn(20, 4, generator=g),
+    )
     scaler = StandardScaler().fit(x.double().numpy())
-    for a, b in zip(standardised(x, x_val), (x, x_val)): assert_close(a[:, :3], scaler.transform(b.double().numpy())[:, :3], 1e-3)
-    assert standardised(x, x_val)[1][:, 3].equal(torch.zeros(20))
+    for a, b in zip(standardise(x, x_val), (x, x_val)):
+        assert_close(a[:, :3], scaler.transform(b.double().numpy())[:, :3], 1e-3)
+    assert standardise(x, x_val)[1][:, 3].equal(torch.zeros(20))
 
 
 def test_the_gradient_vanishes_at_the_answer(g):
     train = make_features(800, 5, 16, g)
-    x, _ = standardised(train.table[1, 'patch'], train.table[1, 'patch'])
-    weight, bias = (t.double().requires_grad_() for t in fit(x, train.labels, 5, 1e-2, close=1e-9))
+    x, _ = standardise(train.table[1, 'patch'], train.table[1, 'patch'])
+    weight, bias = (t.double().requires_grad_() for t in fit_logistic_regression(x, train.labels, 5, 1e-2, close=1e-9))
     objective(weight, bias, x.double(), train.labels, 1e-2).backward()
     assert weight.grad.abs().max() < 1e-4 and bias.grad.abs().max() < 1e-4
-    assert weight.detach().sum(0).abs().max() < 1e-4                 # adding the same to all classes only costs
+    assert weight.detach().sum(0).abs().max() < 1e-4  # adding the same to all classes only costs
 
 
 def test_renamed_classes_are_renamed_in_the_answer(g):
     train, names = make_features(600, 5, 16, g), torch.tensor([3, 0, 4, 1, 2])
-    x, _ = standardised(train.table[1, 'patch'], train.table[1, 'patch'])
-    weight, _ = fit(x, train.labels, 5, 1e-2, close=1e-9)
-    renamed, _ = fit(x, names[train.labels], 5, 1e-2, close=1e-9)
+    x, _ = standardise(train.table[1, 'patch'], train.table[1, 'patch'])
+    weight, _ = fit_logistic_regression(x, train.labels, 5, 1e-2, close=1e-9)
+    renamed, _ = fit_logistic_regression(x, names[train.labels], 5, 1e-2, close=1e-9)
     assert_close(renamed[names], weight, 1e-2)
 
 
 def test_units_of_features_do_not_matter(g):
     train, val = make_features(600, 5, 16, g), make_features(300, 5, 16, g)
     scale, shift = torch.logspace(-3, 3, 16)[torch.randperm(16, generator=g)], torch.randn(16, generator=g)
-    other = [f._replace(table={e: x*scale + scale*shift for e, x in f.table.items()}) for f in (train, val)]
-    assert abs(linear(*other)['linear/1/patch'] - linear(train, val)['linear/1/patch']) < .7
+    other = [
+        f._replace(table={e: x * scale + scale * shift for e, x in f.table.items()}) for f in (train, val)
+    ]
+    assert abs(linear(*other)['linear/1/patch'] - linear(train, val)['linear/1/patch']) < 0.7
 
 
 def test_the_held_out_images_are_a_fifth_of_every_class(g):
     y = torch.randint(6, (997,), generator=g)
     held = held_out(y)
-    assert held.sum() == 199 and (y[held].bincount()/y.bincount() - .2).abs().max() < .01
+    assert held.sum() == 199 and (y[held].bincount() / y.bincount() - 0.2).abs().max() < 0.01
 
 
 def test_the_penalty_is_chosen_without_the_validation_images(g):
     "Slow twin of the protocol: sklearn on the same held-out images; and the labels to be predicted change nothing but the score."
-    train, val = make_features(700, 5, 20, g, .5), make_features(500, 5, 20, g, .5)
-    x, x_val = standardised(train.table[1, 'patch'], val.table[1, 'patch'])
+    train, val = make_features(700, 5, 20, g, 0.5), make_features(500, 5, 20, g, 0.5)
+    x, x_val = standardise(train.table[1, 'patch'], val.table[1, 'patch'])
     held = held_out(train.labels)
-    scores = [sklearn_fit(x[~held], train.labels[~held], p).score(x[held].double().numpy(), train.labels[held].numpy()) for p in PENALTIES]
+    scores = [
+        sklearn_fit(x[~held], train.labels[~held], p).score(
+            x[held].double().numpy(), train.labels[held].numpy()
+        )
+        for p in PENALTIES
+    ]
     penalty, _ = choose_penalty(x, train.labels, 5)
-    assert max(scores) - scores[PENALTIES.index(penalty)] <= 1.5/held.sum()
+    assert max(scores) - scores[PENALTIES.index(penalty)] <= 1.5 / held.sum()
     twin = sklearn_fit(x, train.labels, penalty).score(x_val.double().numpy(), val.labels.numpy())
-    assert abs(linear(train, val)['linear/1/patch'] - 100*twin) <= .4
+    assert abs(linear(train, val)['linear/1/patch'] - 100 * twin) <= 0.4
 
 
 def test_a_weak_direction_is_read_and_noise_is_not(g):
     "Three informative numbers 300 times fainter than a shared one; and three among 300 of noise."
+
     def made(n):
         y = torch.arange(n) % 3
-        told = torch.eye(3)[y] + .3*torch.randn(n, 3, generator=g)
-        faint = 300*torch.randn(n, 1, generator=g) + torch.cat([told, torch.randn(n, 5, generator=g)], 1)
-        return Features({(1, 'prefix'): faint, (1, 'patch'): torch.cat([told, torch.randn(n, 297, generator=g)], 1)}, y, list('abc'))
+        told = torch.eye(3)[y] + 0.3 * torch.randn(n, 3, generator=g)
+        faint = 300 * torch.randn(n, 1, generator=g) + torch.cat([told, torch.randn(n, 5, generator=g)], 1)
+        return Features(
+            {(1, 'prefix'): faint, (1, 'patch'): torch.cat([told, torch.randn(n, 297, generator=g)], 1)},
+            y,
+            list('abc'),
+        )
+
     scores = linear(made(450), made(300))
     assert scores['linear/1/prefix'] > 80 and scores['linear/1/patch'] > 75
 
@@ -236,13 +301,18 @@ def test_a_weak_direction_is_read_and_noise_is_not(g):
 @pytest.mark.slow
 def test_a_laptop_table_takes_seconds(g):
     "9,600 images, 64 classes, 4 blocks of width 96 and both tokens: less than 15 s of one processor."
-    train, val = ({(l, t): make_features(n, 64, 96, g, .05) for l in range(1, 5) for t in ('prefix', 'patch')} for n in (9600, 3200))
+    train, val = (
+        {(l, t): make_features(n, 64, 96, g, 0.05) for l in range(1, 5) for t in ('prefix', 'patch')}
+        for n in (9600, 3200)
+    )
     start = time.process_time()
-    for e in train: linear(train[e], val[e])
+    for e in train:
+        linear(train[e], val[e])
     assert time.process_time() - start < 15
 
 
 # all together
+
 
 def test_the_same_encoder_has_the_same_scores():
     encoder, train, val = make_encoder().train(), make_set(120), make_set(60, seed=1)
@@ -259,9 +329,14 @@ def test_pixels_are_scored_without_an_encoder():
 
 def test_mistakes_are_answered_before_any_work():
     class IgnoredObject(InMemoryDataset):
-        def batches(self, orders, workers=None): raise AssertionError('images were read')
-    unread = IgnoredObject(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.long), ['a'])
-    with pytest.raises(StudyError, match='did you mean linear'): evaluate(['liner'], None, unread, unread, 'cpu')
+        def batches(self, orders, workers=None):
+            raise AssertionError('images were read')
+
+    unread = IgnoredObject(
+        torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.long), ['a']
+    )
+    with pytest.raises(StudyError, match='did you mean linear'):
+        evaluate(['liner'], None, unread, unread, 'cpu')
 
 
 @pytest.mark.cuda

@@ -1,4 +1,5 @@
 "MAE against the official code: latent, prediction, both losses, every gradient."
+
 import pytest
 import torch
 from conftest import assert_close, sub
@@ -14,9 +15,16 @@ def translated(state):
     "Official MAE names -> ours."
     out = {}
     for k, v in state.items():
-        k = k.replace('decoder_embed.', 'pathway.narrow.').replace('decoder_blocks.', 'pathway.blocks.').replace('decoder_norm.', 'pathway.norm.').replace('decoder_pred.', 'head.')
-        if k == 'mask_token': k = 'pathway.mask_token'
-        if k == 'decoder_pos_embed': continue
+        k = (
+            k.replace('decoder_embed.', 'pathway.decoder_embed.')
+            .replace('decoder_blocks.', 'pathway.blocks.')
+            .replace('decoder_norm.', 'pathway.norm.')
+            .replace('decoder_pred.', 'head.')
+        )
+        if k == 'mask_token':
+            k = 'pathway.mask_token'
+        if k == 'decoder_pos_embed':
+            continue
         out[k if k.startswith(('pathway.', 'head.')) else f'pathway.encoder.{k}'] = v
     return out
 
@@ -24,14 +32,20 @@ def translated(state):
 @pytest.fixture(scope='module')
 def case(golden):
     g = golden('mae')
-    task = mae(Encoder(size=64, patch=8, width=32, depth=2, heads=4, mlp_ratio=2), norm=False, width=24, depth=1, heads=4)
+    task = mae(
+        Encoder(size=64, patch=8, width=32, depth=2, heads=4, mlp_ratio=2),
+        norm=False,
+        width=24,
+        depth=1,
+        heads=4,
+    )
     task.load_state_dict(translated(sub(g, 'model.')))
     return g, task, Batch([g['images'].float()], make_mask(g['mask'].bool()))
 
 
 def test_latent_and_prediction(case):
     g, task, batch = case
-    kept = g['noise'].argsort(1)[:, :16]                      # the official order of the visible patches; ours is raster order
+    kept = g['noise'].argsort(1)[:, :16]  # the official order of the visible patches; ours is raster order
     order = kept.argsort(1)
     latent = torch.cat([g['latent'][:, :1], gather(g['latent'][:, 1:], order)], 1)
     assert_close(task.pathway.latent(batch.views[0], batch.mask), latent)
@@ -54,7 +68,8 @@ def test_losses(case, norm):
 def test_gradients(case):
     g, task, batch = case
     task.zero_grad()
-    task(batch, 0.)['loss'].backward()
+    task(batch, 0.0)['loss'].backward()
     ours, theirs = dict(task.named_parameters()), translated(sub(g, 'grad.'))
-    for name, grad in theirs.items(): assert_close(ours[name].grad, grad, rel=1e-5)
+    for name, grad in theirs.items():
+        assert_close(ours[name].grad, grad, rel=1e-5)
     assert {n for n, p in ours.items() if p.grad is not None} == set(theirs)

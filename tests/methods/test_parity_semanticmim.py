@@ -1,4 +1,5 @@
 "SemanticMIM on BEiT and on MaskFeat against the official code: hidden states, losses, every gradient, features, attention."
+
 import pytest
 import torch
 from conftest import assert_close, sub
@@ -13,20 +14,31 @@ from mimstudy.parts.mim import MIM
 from mimstudy.parts.proxy import Proxy
 from mimstudy.core.task import Batch
 
-MEAN, STD = torch.tensor([123.675, 116.28, 103.53]).reshape(3, 1, 1), torch.tensor([58.395, 57.12, 57.375]).reshape(3, 1, 1)
+MEAN, STD = (
+    torch.tensor([123.675, 116.28, 103.53]).reshape(3, 1, 1),
+    torch.tensor([58.395, 57.12, 57.375]).reshape(3, 1, 1),
+)
 
 
 class Given(nn.Module):
     "A target that was computed elsewhere."
-    def __init__(self, value): super().__init__(); self.value = value
-    def forward(self, batch): return self.value
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, batch):
+        return self.value
 
 
-def official_mask(img_index, mask_index): return make_mask(~img_index.flatten(1), mask_index.flatten(1))
+def official_mask(img_index, mask_index):
+    return make_mask(~img_index.flatten(1), mask_index.flatten(1))
 
 
 def task_from(g, size, patch, depth, scale, head_name, classes, target, criterion):
-    encoder = Encoder(size=size, patch=patch, width=32, depth=depth, heads=4, prefix=8, layer_scale=scale, mlp_ratio=2)
+    encoder = Encoder(
+        size=size, patch=patch, width=32, depth=depth, heads=4, prefix=8, layer_scale=scale, mlp_ratio=2
+    )
     path = Proxy(encoder)
     task = MIM(path, linear_head(path, classes), target, criterion)
     state, blocks, token = semanticmim(sub(g, 'backbone.'))
@@ -40,23 +52,29 @@ def task_from(g, size, patch, depth, scale, head_name, classes, target, criterio
 @pytest.fixture(scope='module')
 def beit(golden):
     g = golden('semanticmim_beit_k8')
-    return g, task_from(g, 64, 8, 3, .1, 'head.cls_head.', 24, Given(g['target_ids'].flatten(1).long()), masked_ce)
+    return g, task_from(
+        g, 64, 8, 3, 0.1, 'head.cls_head.', 24, Given(g['target_ids'].flatten(1).long()), masked_ce
+    )
 
 
 def check_gradients(task, g, head_name):
     state, blocks, token = semanticmim(sub(g, 'grad.backbone.'))
     for name, p in task.encoder.named_parameters():
         grad, want = p.grad, state[name]
-        if name.endswith('qkv.bias') and 'grad.backbone.layers.0.attn.v_bias' in g:    # the release has no bias on the keys; its gradient is 0
-            D = len(want)//3
-            grad, want = torch.cat([grad[:D], grad[2*D:]]), torch.cat([want[:D], want[2*D:]])
+        if (
+            name.endswith('qkv.bias') and 'grad.backbone.layers.0.attn.v_bias' in g
+        ):  # the release has no bias on the keys; its gradient is 0
+            D = len(want) // 3
+            grad, want = torch.cat([grad[:D], grad[2 * D :]]), torch.cat([want[:D], want[2 * D :]])
         assert_close(grad, want, rel=1e-5)
     for name, p in task.pathway.blocks.named_parameters():
         grad, want = p.grad, blocks[name]
-        if name.endswith('kv.bias') and 'grad.backbone.extra_layers.0.attn.v_bias' in g: grad, want = grad[len(want)//2:], want[len(want)//2:]
+        if name.endswith('kv.bias') and 'grad.backbone.extra_layers.0.attn.v_bias' in g:
+            grad, want = grad[len(want) // 2 :], want[len(want) // 2 :]
         assert_close(grad, want, rel=1e-5)
     assert_close(task.pathway.mask_token.grad, token, rel=1e-5)
-    for name, p in task.head.named_parameters(): assert_close(p.grad, g[f'grad.{head_name}{name}'], rel=1e-5)
+    for name, p in task.head.named_parameters():
+        assert_close(p.grad, g[f'grad.{head_name}{name}'], rel=1e-5)
 
 
 def test_beit_hidden_loss_gradients(beit):
@@ -65,7 +83,7 @@ def test_beit_hidden_loss_gradients(beit):
     assert_close(task.pathway(batch.views[0], batch.mask), g['hidden'])
     assert_close(task.predict(batch), g['logits'])
     task.zero_grad()
-    loss = task(batch, 0.)['loss']
+    loss = task(batch, 0.0)['loss']
     loss.backward()
     assert_close(loss.detach(), g['loss'])
     check_gradients(task, g, 'head.cls_head.')
@@ -75,7 +93,7 @@ def test_beit_separate_masks(beit):
     g, task = beit
     batch = Batch([g['images'].float()], official_mask(g['sep_img_index'], g['sep_mask_index']))
     assert_close(task.pathway(batch.views[0], batch.mask), g['sep_hidden'])
-    assert_close(task(batch, 0.)['loss'].detach(), g['sep_loss'])
+    assert_close(task(batch, 0.0)['loss'].detach(), g['sep_loss'])
 
 
 @torch.no_grad()
@@ -96,15 +114,16 @@ def test_maskfeat_hidden_loss_gradients(golden):
     mask = official_mask(g['img_index'], g['mask_index'])
     full = torch.zeros(2, 196, 108).scatter_(1, mask.predict[..., None].expand(-1, -1, 108), g['target'])
     task = task_from(g, 224, 16, 2, None, 'neck.fc.', 108, Given(full), masked_mse)
-    x = (g['images_u8'].float() - MEAN)/STD
+    x = (g['images_u8'].float() - MEAN) / STD
     batch = Batch([x], mask)
     assert_close(task.pathway(x, mask), g['hidden'])
     assert_close(task.predict(batch), g['pred'])
-    loss = task(batch, 0.)['loss']
+    loss = task(batch, 0.0)['loss']
     loss.backward()
     assert_close(loss.detach(), g['loss'])
     check_gradients(task, g, 'neck.fc.')
-    with torch.no_grad(): assert_close(task.encoder.eval().forward_features(x[:1]), g['full.block_1'])
+    with torch.no_grad():
+        assert_close(task.encoder.eval().forward_features(x[:1]), g['full.block_1'])
 
 
 def test_layer_norm_constants(beit):

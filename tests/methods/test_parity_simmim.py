@@ -1,4 +1,5 @@
 "SimMIM against the official code: features, reconstruction, loss, gradients."
+
 import pytest
 import torch
 from conftest import assert_close, sub
@@ -18,8 +19,10 @@ def translated(state):
     "Official names -> ours."
     out = {}
     for k, v in state.items():
-        if k.startswith('decoder.0.'): out[k.replace('decoder.0.', 'head.')] = by_pixel(v.flatten(1) if v.ndim > 1 else v)
-        else: out['pathway.mask_token' if k == 'encoder.mask_token' else f'pathway.{k}'] = v
+        if k.startswith('decoder.0.'):
+            out[k.replace('decoder.0.', 'head.')] = by_pixel(v.flatten(1) if v.ndim > 1 else v)
+        else:
+            out['pathway.mask_token' if k == 'encoder.mask_token' else f'pathway.{k}'] = v
     return out
 
 
@@ -44,9 +47,10 @@ def test_loss_and_gradients(case):
     "The official loss adds 1e-5 to the number of masked pixels, of which there are thousands: far below the tolerance."
     g, task, batch = case
     task.zero_grad()
-    loss = task(batch, 0.)['loss']
+    loss = task(batch, 0.0)['loss']
     loss.backward()
     assert_close(loss.detach(), g['loss'])
     ours, theirs = dict(task.named_parameters()), translated(sub(g, 'grad.'))
     assert len(theirs) == 4
-    for name, grad in theirs.items(): assert_close(ours[name].grad, grad)
+    for name, grad in theirs.items():
+        assert_close(ours[name].grad, grad)

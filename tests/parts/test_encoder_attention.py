@@ -1,4 +1,5 @@
 "A captured attention map is what the fused kernel used: multiplied with the values it gives the same output, at every block."
+
 import pytest
 import torch
 from mimstudy.parts.encoder import Encoder, attention, attention_weights
@@ -7,15 +8,28 @@ from mimstudy.parts.relative_encoder import RelativeEncoder
 SHAPE = dict(size=64, patch=8, width=48, depth=4, heads=3)
 
 
-@pytest.mark.parametrize('made', [lambda: Encoder(**SHAPE), lambda: Encoder(**SHAPE, prefix=8, layer_scale=.1), lambda: RelativeEncoder(**SHAPE)])
+@pytest.mark.parametrize(
+    'made',
+    [
+        lambda: Encoder(**SHAPE),
+        lambda: Encoder(**SHAPE, prefix=8, layer_scale=0.1),
+        lambda: RelativeEncoder(**SHAPE),
+    ],
+)
 @torch.no_grad()
 def test_weights_times_values_are_the_fused_output(made):
     torch.manual_seed(0)
     encoder, x = made().eval(), torch.randn(2, 3, 64, 64)
-    for p in encoder.parameters(): p.add_(.1*torch.randn_like(p))
+    for p in encoder.parameters():
+        p.add_(0.1 * torch.randn_like(p))
     for i, block in enumerate(encoder.blocks):
         seen = {}
-        hook = block.attn.register_forward_hook(lambda m, args, kwargs, out: seen.update(x=args[0], bias=kwargs.get('shared_rel_pos_bias'), out=out), with_kwargs=True)
+        hook = block.attn.register_forward_hook(
+            lambda m, args, kwargs, out: seen.update(
+                x=args[0], bias=kwargs.get('shared_rel_pos_bias'), out=out
+            ),
+            with_kwargs=True,
+        )
         encoder.forward_features(x)
         hook.remove()
         weights, values = attention_weights(block.attn, seen['x'], seen['bias'])

@@ -1,4 +1,5 @@
 "HOG: the release's own vectors, a slow version that walks over every pixel, invariances."
+
 import math
 
 import numpy as np
@@ -8,9 +9,12 @@ from conftest import assert_close
 
 from mimstudy.core.errors import StudyError
 from mimstudy.core.task import Batch
-from mimstudy.parts.hog import HOG, glyphs, gradients, hog, polar, votes, window_over
+from mimstudy.parts.hog import HOG, glyphs, gradients, hog, polar, cell_histograms, gaussian_window
 
-MEAN, STD = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1), torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
+MEAN, STD = (
+    torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1),
+    torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1),
+)
 
 
 def near(a, b, atol=1e-5):
@@ -19,11 +23,13 @@ def near(a, b, atol=1e-5):
 
 
 @pytest.fixture(scope='module')
-def vectors(golden): return golden('hog')
+def vectors(golden):
+    return golden('hog')
 
 
 @pytest.fixture(scope='module')
-def noise(vectors): return vectors['noise64']
+def noise(vectors):
+    return vectors['noise64']
 
 
 def test_gradient_strength_and_bin(vectors, noise):
@@ -33,8 +39,8 @@ def test_gradient_strength_and_bin(vectors, noise):
 
 
 def test_gradients_are_a_convolution_to_the_last_bit(vectors, noise):
-    photo = (vectors['photo64_u8'].float() - MEAN)/STD
-    weight = torch.tensor([[1., 0, -1], [2, 0, -2], [1, 0, -1]]).expand(3, 1, 3, 3)
+    photo = (vectors['photo64_u8'].float() - MEAN) / STD
+    weight = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]).expand(3, 1, 3, 3)
     for x in (noise, photo):
         around = torch.nn.functional.pad(x, (1, 1, 1, 1), mode='reflect')
         across, down = gradients(x)
@@ -43,12 +49,13 @@ def test_gradients_are_a_convolution_to_the_last_bit(vectors, noise):
 
 
 def test_window(vectors):
-    assert window_over(16, 16, 8).equal(vectors['gaussian_kernel'])
-    near(window_over(12, 20, 8), vectors['gaussian_kernel'].repeat(1, 2)[:12, :20])
+    assert gaussian_window(16, 16, 8).equal(vectors['gaussian_kernel'])
+    near(gaussian_window(12, 20, 8), vectors['gaussian_kernel'].repeat(1, 2)[:12, :20])
 
 
 @pytest.mark.parametrize('window, name', [(True, ''), (False, '_nogauss')])
-def test_noise_cells(vectors, noise, window, name): near(hog(noise, window=window), vectors[f'noise64_cells{name}'])
+def test_noise_cells(vectors, noise, window, name):
+    near(hog(noise, window=window), vectors[f'noise64_cells{name}'])
 
 
 @pytest.mark.parametrize('patch, window, name', [(16, True, 'p16'), (8, True, 'p8'), (16, False, 'nogauss')])
@@ -59,35 +66,48 @@ def test_noise_tokens(vectors, noise, patch, window, name):
 @pytest.mark.parametrize('size', [64, 224])
 def test_photographs(vectors, size):
     "Photographs are ill-conditioned, yet the same order of sums gives the same bins, so far more than the golden tolerance holds."
-    tokens, theirs = HOG(16)(Batch([(vectors[f'photo{size}_u8'].float() - MEAN)/STD])), vectors[f'photo{size}_tokens']
-    assert torch.nn.functional.cosine_similarity(tokens, theirs, dim=-1).min() >= .99
+    tokens, theirs = (
+        HOG(16)(Batch([(vectors[f'photo{size}_u8'].float() - MEAN) / STD])),
+        vectors[f'photo{size}_tokens'],
+    )
+    assert torch.nn.functional.cosine_similarity(tokens, theirs, dim=-1).min() >= 0.99
     assert (tokens - theirs).abs().mean() <= 5e-3
     near(tokens, theirs, 1e-6)
 
 
 def test_the_loss_of_maskfeat_has_this_target(golden):
     m = golden('semanticmim_maskfeat_k8')
-    x = (m['images_u8'].float() - MEAN)/STD
+    x = (m['images_u8'].float() - MEAN) / STD
     near(HOG(16)(Batch([x]))[m['mask_index'].flatten(1)].view(2, 118, 108), m['target'], 1e-6)
 
 
 def slow_hog(x, cell, bins, window):
     "One channel (S,S) -> (bins,S/cell,S/cell), pixel by pixel, as one would write it on paper."
     side, around = len(x), np.pad(x, 1, mode='reflect')
-    out = np.zeros((bins, side//cell, side//cell))
-    middle = cell - .5
+    out = np.zeros((bins, side // cell, side // cell))
+    middle = cell - 0.5
     for i in range(side):
         for j in range(side):
-            part = around[i:i + 3, j:j + 3]
+            part = around[i : i + 3, j : j + 3]
             gx = (part[:, 0] - part[:, 2]) @ [1, 2, 1]
             gy = (part[0] - part[2]) @ [1, 2, 1]
-            weight = math.exp(-.5*(((i % (2*cell) - middle)/cell)**2 + ((j % (2*cell) - middle)/cell)**2)) if window else 1.
-            out[math.floor(math.atan2(gx, gy)/math.pi*bins) % bins, i//cell, j//cell] += weight*math.hypot(gx, gy)
-    return out/np.linalg.norm(out, axis=0)
+            weight = (
+                math.exp(
+                    -0.5 * (((i % (2 * cell) - middle) / cell) ** 2 + ((j % (2 * cell) - middle) / cell) ** 2)
+                )
+                if window
+                else 1.0
+            )
+            out[math.floor(math.atan2(gx, gy) / math.pi * bins) % bins, i // cell, j // cell] += (
+                weight * math.hypot(gx, gy)
+            )
+    return out / np.linalg.norm(out, axis=0)
 
 
-@pytest.mark.parametrize('side, cell, bins, window', [(24, 8, 9, True), (24, 8, 9, False), (12, 2, 9, True), (20, 5, 7, True)])
-def test_slow_twin(side, cell, bins, window):
+@pytest.mark.parametrize(
+    'side, cell, bins, window', [(24, 8, 9, True), (24, 8, 9, False), (12, 2, 9, True), (20, 5, 7, True)]
+)
+def test_reference_in_loops(side, cell, bins, window):
     x = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(side + bins))
     slow = np.stack([slow_hog(c.double().numpy(), cell, bins, window) for c in x[0]])
     near(hog(x, cell, bins, window)[0].double(), torch.from_numpy(slow), 1e-5)
@@ -100,7 +120,7 @@ def test_a_quarter_turn_turns_the_bins(noise):
 
 
 def test_light_and_contrast_do_not_matter(noise):
-    near(hog(3*noise + 5), hog(noise), 1e-3)
+    near(hog(3 * noise + 5), hog(noise), 1e-3)
 
 
 def test_length_one_or_nothing():
@@ -113,20 +133,25 @@ def test_length_one_or_nothing():
 def test_any_image_and_half_precision():
     x = torch.randn(2, 3, 24, 40)
     assert hog(x).shape == (2, 3, 9, 3, 5) and hog(x.bfloat16()).dtype == torch.float32
-    with torch.autocast('cpu', torch.bfloat16): inside = hog(x)
+    with torch.autocast('cpu', torch.bfloat16):
+        inside = hog(x)
     assert inside.equal(hog(x))
 
 
 def test_the_target_takes_no_gradient_and_knows_its_size():
     target = HOG(8)
     t = target(Batch([torch.randn(2, 3, 32, 32, requires_grad=True)]))
-    assert not t.requires_grad and t.shape == (2, 16, target.K) and target.K == 108 and not target.state_dict()
+    assert (
+        not t.requires_grad and t.shape == (2, 16, target.K) and target.K == 108 and not target.state_dict()
+    )
 
 
 def test_mistakes_are_named():
     found = polar(*gradients(torch.randn(1, 3, 64, 64)))
-    with pytest.raises(StudyError, match='cells of 7 px do not tile a image of 64 x 64'): votes(*found, 7)
-    with pytest.raises(StudyError, match='do not tile a patch of 16'): HOG(16, cell=5)
+    with pytest.raises(StudyError, match='cells of 7 px do not tile a image of 64 x 64'):
+        cell_histograms(*found, 7)
+    with pytest.raises(StudyError, match='do not tile a patch of 16'):
+        HOG(16, cell=5)
 
 
 def test_glyphs_stay_images(noise):

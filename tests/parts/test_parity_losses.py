@@ -1,4 +1,5 @@
 "ConMIM's loss against the official training loop, and position embeddings against the official resizing."
+
 import pytest
 import torch
 from conftest import assert_close
@@ -12,7 +13,7 @@ def test_conmim_loss(golden, tau):
     g = golden('conmim_loss')
     feats, keys = g['feats'].float().requires_grad_(), g['keys'].float().requires_grad_()
     mask = make_mask(g['mask'])
-    loss = patch_contrast(gather(feats, mask.predict), keys, mask, tau/100)
+    loss = patch_contrast(gather(feats, mask.predict), keys, mask, tau / 100)
     loss.backward()
     assert_close(loss.detach(), g[f'loss.t{tau:03}'])
     assert_close(feats.grad, g[f'grad_feats.t{tau:03}'])
@@ -23,14 +24,29 @@ def test_conmim_loss_slow_twin(golden):
     "One logarithm at a time, as eq. (3) is written."
     g = golden('conmim_loss')
     feats, keys, mask = g['feats'].float(), g['keys'].float(), g['mask']
-    f, k = (t/t.norm(dim=-1, keepdim=True) for t in (feats, keys))
-    terms = [-((f[b, j] @ k[b, j])/.1 - torch.logsumexp(torch.stack([f[b, j] @ k[b, i] for i in range(196)])/.1, 0))
-             for b in range(3) for j in range(0, 196) if mask[b, j]]
+    f, k = (t / t.norm(dim=-1, keepdim=True) for t in (feats, keys))
+    terms = [
+        -(
+            (f[b, j] @ k[b, j]) / 0.1
+            - torch.logsumexp(torch.stack([f[b, j] @ k[b, i] for i in range(196)]) / 0.1, 0)
+        )
+        for b in range(3)
+        for j in range(0, 196)
+        if mask[b, j]
+    ]
     assert_close(torch.stack(terms).mean(), g['loss.t010'])
 
 
-@pytest.mark.parametrize('name, source, target, prefix', [('k8_28x28', 'pos_embed_k8_14', (28, 28), 8), ('k8_7x7', 'pos_embed_k8_14', (7, 7), 8),
-    ('k8_10x12', 'pos_embed_k8_14', (10, 12), 8), ('k1_9x9', 'pos_embed_k1_6', (9, 9), 1), ('k1_6x6', 'pos_embed_k1_6', (6, 6), 1)])
+@pytest.mark.parametrize(
+    'name, source, target, prefix',
+    [
+        ('k8_28x28', 'pos_embed_k8_14', (28, 28), 8),
+        ('k8_7x7', 'pos_embed_k8_14', (7, 7), 8),
+        ('k8_10x12', 'pos_embed_k8_14', (10, 12), 8),
+        ('k1_9x9', 'pos_embed_k1_6', (9, 9), 1),
+        ('k1_6x6', 'pos_embed_k1_6', (6, 6), 1),
+    ],
+)
 def test_absolute_positions(golden, name, source, target, prefix):
     g = golden('pos_embed')
     side = 14 if prefix == 8 else 6

@@ -1,4 +1,5 @@
 "Targets: MAE's own vectors, loops, and the one rule that a target sees views[0]."
+
 import pytest
 import torch
 from conftest import assert_close
@@ -12,7 +13,8 @@ from mimstudy.parts.views import normalise
 
 
 @pytest.fixture(scope='module')
-def mae(golden): return golden('mae')
+def mae(golden):
+    return golden('mae')
 
 
 def test_patches_are_maes(mae):
@@ -23,8 +25,11 @@ def test_patches_are_maes(mae):
 @pytest.mark.parametrize('norm', [False, True])
 def test_losses_are_maes(mae, norm):
     target, hidden = Pixels(8, norm)(Batch([mae['images'].float()])), mae['mask']
-    for pred, name in ((mae['pred'], f'loss.norm_pix_{norm}'), (mae['lossonly.pred'], f'lossonly.loss.norm_pix_{norm}')):
-        assert_close(((pred - target).square().mean(-1)*hidden).sum()/hidden.sum(), mae[name])
+    for pred, name in (
+        (mae['pred'], f'loss.norm_pix_{norm}'),
+        (mae['lossonly.pred'], f'lossonly.loss.norm_pix_{norm}'),
+    ):
+        assert_close(((pred - target).square().mean(-1) * hidden).sum() / hidden.sum(), mae[name])
 
 
 def test_patchify_by_loops():
@@ -32,66 +37,77 @@ def test_patchify_by_loops():
     rows = patchify(x, 4)
     for n in range(15):
         for k in range(48):
-            row, column, colour = k//12, k//3 % 4, k % 3
-            assert rows[1, n, k] == x[1, colour, n//5*4 + row, n % 5*4 + column]
+            row, column, colour = k // 12, k // 3 % 4, k % 3
+            assert rows[1, n, k] == x[1, colour, n // 5 * 4 + row, n % 5 * 4 + column]
 
 
 def test_wrong_patch_size():
-    with pytest.raises(StudyError, match='patches of 5 px do not tile a image of 12 x 12'): Pixels(5)(Batch([torch.zeros(1, 3, 12, 12)]))
+    with pytest.raises(StudyError, match='patches of 5 px do not tile a image of 12 x 12'):
+        Pixels(5)(Batch([torch.zeros(1, 3, 12, 12)]))
 
 
 def test_a_flat_patch_is_zero_and_not_nan():
-    assert Pixels(4, norm=True)(Batch([torch.full((1, 3, 8, 8), .3)])).abs().max() < 1e-3
+    assert Pixels(4, norm=True)(Batch([torch.full((1, 3, 8, 8), 0.3)])).abs().max() < 1e-3
 
 
 @pytest.fixture(scope='module')
-def images(): return scenes(8, size=64, seed=71).images
+def images():
+    return scenes(8, size=64, seed=71).images
 
 
 @pytest.fixture(scope='module')
-def tokenizer(images): return KMeansCodes(16, 8).fit(images, torch.Generator().manual_seed(0), rounds=3)
+def tokenizer(images):
+    return KMeansCodes(16, 8).fit(images, torch.Generator().manual_seed(0), rounds=3)
 
 
 def test_codes_of_the_unchanged_image(images, tokenizer):
-    ids = Codes(tokenizer, 8)(Batch([normalise(images/255), torch.zeros(8, 3, 64, 64)]))
-    assert ids.equal(tokenizer.codes(images/255).flatten(1))   # a second view plays no part
+    ids = Codes(tokenizer, 8)(Batch([normalise(images / 255), torch.zeros(8, 3, 64, 64)]))
+    assert ids.equal(tokenizer.codes(images / 255).flatten(1))  # a second view plays no part
 
 
 class Recorder(torch.nn.Module):
     "A tokenizer that keeps what it was shown."
+
     vocabulary, stride = 2, 8
+
     def codes(self, x):
         self.seen = x
-        return x.new_zeros(len(x), x.shape[2]//8, x.shape[3]//8, dtype=torch.long)
+        return x.new_zeros(len(x), x.shape[2] // 8, x.shape[3] // 8, dtype=torch.long)
 
 
 @pytest.mark.parametrize('size, patch, shown', [(224, 16, 112), (64, 8, 64), (64, 16, 32), (64, 4, 128)])
 def test_the_grid_of_codes_is_the_grid_of_patches(size, patch, shown):
     recorder = Recorder()
     target = Codes(recorder, patch)
-    ids = target(Batch([3*torch.randn(2, 3, size, size)]))
-    assert recorder.seen.shape == (2, 3, shown, shown) and ids.shape == (2, (size//patch)**2)
+    ids = target(Batch([3 * torch.randn(2, 3, size, size)]))
+    assert recorder.seen.shape == (2, 3, shown, shown) and ids.shape == (2, (size // patch) ** 2)
     assert recorder.seen.min() == 0 and recorder.seen.max() == 1
 
 
 def test_resizing_is_antialiased():
     "A fine grid of black and white shrinks to grey, not to black or white."
-    recorder, grid = Recorder(), torch.ones(1, 3, 64, 64)*(torch.arange(64) % 2)
+    recorder, grid = Recorder(), torch.ones(1, 3, 64, 64) * (torch.arange(64) % 2)
     Codes(recorder, 32)(Batch([normalise(grid)]))
-    assert (recorder.seen - .5).abs()[..., 2:-2].max() < .05
+    assert (recorder.seen - 0.5).abs()[..., 2:-2].max() < 0.05
 
 
 def test_dalle_parity_through_the_target(golden):
     v = golden('dvae')
     tokenizer = DallE(8, 32)
-    tokenizer.load_state_dict({k: v['encoder.' + k.replace('.weight', '.w').replace('.bias', '.b')] for k in tokenizer.state_dict()})
-    ids = Codes(tokenizer, 8)(Batch([normalise(v['images_u8'].float()/255)]))
-    assert (ids == v['tokens'].flatten(1)).float().mean() > .99
+    tokenizer.load_state_dict(
+        {k: v['encoder.' + k.replace('.weight', '.w').replace('.bias', '.b')] for k in tokenizer.state_dict()}
+    )
+    ids = Codes(tokenizer, 8)(Batch([normalise(v['images_u8'].float() / 255)]))
+    assert (ids == v['tokens'].flatten(1)).float().mean() > 0.99
 
 
 def test_targets_take_no_gradient_and_know_their_size(tokenizer, images):
-    batch = Batch([normalise(images/255).requires_grad_()])
+    batch = Batch([normalise(images / 255).requires_grad_()])
     for target in (Pixels(8), Pixels(8, norm=True)):
         assert not target(batch).requires_grad and target(batch).shape == (8, 64, target.K)
     codes = Codes(DallE(4, 32), 8)
-    assert codes.K == 32 and not any(p.requires_grad for p in codes.parameters()) and 'tokenizer.blocks.input.weight' in codes.state_dict()
+    assert (
+        codes.K == 32
+        and not any(p.requires_grad for p in codes.parameters())
+        and 'tokenizer.blocks.input.weight' in codes.state_dict()
+    )

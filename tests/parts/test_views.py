@@ -1,4 +1,5 @@
 "Views and colours: torchvision one image at a time as the slow twin, alignment, seeds, independence, cost."
+
 import time
 
 import pytest
@@ -10,71 +11,54 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from mimstudy.core.errors import StudyError
 from mimstudy.core.scenes import scenes
 from mimstudy.parts import colour
-from mimstudy.parts.colour import COLOURINGS, ColourAugmentation, jitter, jitter_amounts, on_some, perturb
-from mimstudy.parts.views import MultiCrop, Views, crop_boxes, crop_flip, cut, denormalise, normalise, plain
+from mimstudy.parts.colour import COLOUR_AUGMENTATIONS, ColourAugmentation, jitter, jitter_amounts, apply_to_some, augment_colours
+from mimstudy.parts.views import MultiCrop, Views, sample_crop_boxes, random_resized_crop, crop_and_resize, denormalise, normalise, resize_only
 
-NOTHING = ColourAugmentation((0., 0., 0., 0.), 0., 0., 0., 0.)
-
-
-def seeded(seed=0): return torch.Generator().manual_seed(seed)
+NOTHING = ColourAugmentation((0.0, 0.0, 0.0, 0.0), 0.0, 0.0, 0.0, 0.0)
 
 
-@pytest.fixture(scope='module')
-def images(): return scenes(16, size=64, seed=7).images
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope='module')
-def x(images): return images.float()/255
+def images():
+    return scenes(16, size=64, seed=7).images
+
+
+@pytest.fixture(scope='module')
+def x(images):
+    return images.float() / 255
 
 
 # -- crops ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('side, size', [((64, 64), 64), ((64, 64), 32), ((64, 64), 96), ((48, 80), 40), ((256, 256), 224)])
+
+@pytest.mark.parametrize(
+    'side, size', [((64, 64), 64), ((64, 64), 32), ((64, 64), 96), ((48, 80), 40), ((256, 256), 224)]
+)
 def test_cut_is_torchvisions_antialiased_crop(side, size):
     images = torch.randint(0, 256, (12, 3, *side), generator=seeded(), dtype=torch.uint8)
-    boxes, flip = crop_boxes(12, *side, (.08, 1.), (3/4, 4/3), seeded(1)), torch.arange(12) % 2 == 1
-    for mine, image, box, mirrored in zip(cut(images, boxes, flip, size), images, boxes.tolist(), flip):
-        twin = tv.resized_crop(image.float()/255, *box, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+    boxes, flip = sample_crop_boxes(12, *side, (0.08, 1.0), (3 / 4, 4 / 3), seeded(1)), torch.arange(12) % 2 == 1
+    for mine, image, box, mirrored in zip(crop_and_resize(images, boxes, flip, size), images, boxes.tolist(), flip):
+        twin = tv.resized_crop(
+            image.float() / 255, *box, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True
+        ).clamp(0, 1)
         assert_close(mine, tv.horizontal_flip(twin) if mirrored else twin)
 
 
 def test_plain_is_a_resize(images):
-    twin = tv.resize(images.float()/255, [40, 40], interpolation=InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-    assert_close(plain(images, 40), twin)
-    assert torch.equal(plain(images, 64), images.float()/255)
-
-
-@pytest.mark.parametrize('side', [(64, 64), (48, 96), (20, 100)])
-def test_boxes_are_distributed_as_torchvisions(side):
-    torch.manual_seed(0)
-    scale, ratio = (.08, 1.), (3/4, 4/3)
-    twins = torch.tensor([RandomResizedCrop.get_params(torch.zeros(1, *side), scale, ratio) for _ in range(8000)]).double()
-    boxes = crop_boxes(8000, *side, scale, ratio, seeded()).double()
-    for of in (lambda b: b[:, 2]*b[:, 3], lambda b: b[:, 3]/b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1]):
-        mine, theirs = of(boxes).sort().values, of(twins).sort().values
-        grid = torch.cat([mine, theirs]).unique()
-        apart = (torch.searchsorted(mine, grid, right=True) - torch.searchsorted(theirs, grid, right=True)).abs().max()/8000
-        assert apart < .031, 'Kolmogorov-Smirnov distance beyond the 0.1 % level'
-
-
-@pytest.mark.parametrize('scale', [(.08, 1.), (.5, 1.), (.05, .4)])
-def test_crop_area_stays_in_its_range(scale):
-    boxes = crop_boxes(5000, 224, 224, scale, (3/4, 4/3), seeded())
-    share = boxes[:, 2]*boxes[:, 3]/224**2
-    assert share.min() > scale[0] - .01 and share.max() < scale[1] + .01
-    assert share.min() < scale[0] + .02 and share.max() > scale[1] - .06
-    assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= 224).all()
-
-
-def test_a_image_too_narrow_for_any_box_gets_the_centred_one():
-    assert torch.equal(crop_boxes(5, 10, 1000, (.9, 1.), (3/4, 4/3), seeded()), torch.tensor([[0, 493, 10, 13]]).expand(5, 4))
-    assert torch.equal(crop_boxes(5, 1000, 10, (.9, 1.), (3/4, 4/3), seeded()), torch.tensor([[493, 0, 13, 10]]).expand(5, 4))
+    twin = tv.resize(
+        images.float() / 255, [40, 40], interpolation=InterpolationMode.BICUBIC, antialias=True
+    ).clamp(0, 1)
+    assert_close(resize_only(images, 40), twin)
+    assert torch.equal(resize_only(images, 64), images.float() / 255)
 
 
 def test_flip(images):
-    straight, mirrored = (crop_flip(images, 32, flip=p, generator=seeded(3)) for p in (0., 1.))
+    straight, mirrored = (random_resized_crop(images, 32, flip=p, generator=seeded(3)) for p in (0.0, 1.0))
     assert_close(mirrored, straight.flip(3))
-    some = crop_flip(images, 32, flip=.5, generator=seeded(3))
+    some = random_resized_crop(images, 32, flip=0.5, generator=seeded(3))
     of = (some - mirrored).abs().amax((1, 2, 3)) < 1e-5
     assert_close(some[~of], straight[~of])
     assert 3 <= of.sum() <= 13
@@ -82,10 +66,18 @@ def test_flip(images):
 
 # -- colours --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('mine, twin, low, high', [
-    (colour.brightness, tv.adjust_brightness, .6, 1.4), (colour.contrast, tv.adjust_contrast, .6, 1.4),
-    (colour.saturation, tv.adjust_saturation, .6, 1.4), (colour.hue, tv.adjust_hue, -.5, .5),
-    (colour.blur, lambda a, s: tv.gaussian_blur(a, [17, 17], [s, s]), .1, 2.)], ids=['brightness', 'contrast', 'saturation', 'hue', 'blur'])
+
+@pytest.mark.parametrize(
+    'mine, twin, low, high',
+    [
+        (colour.brightness, tv.adjust_brightness, 0.6, 1.4),
+        (colour.contrast, tv.adjust_contrast, 0.6, 1.4),
+        (colour.saturation, tv.adjust_saturation, 0.6, 1.4),
+        (colour.hue, tv.adjust_hue, -0.5, 0.5),
+        (colour.blur, lambda a, s: tv.gaussian_blur(a, [17, 17], [s, s]), 0.1, 2.0),
+    ],
+    ids=['brightness', 'contrast', 'saturation', 'hue', 'blur'],
+)
 def test_colours_are_torchvisions(x, mine, twin, low, high):
     amount = torch.linspace(low, high, len(x))
     assert_close(mine(x, amount), torch.stack([twin(a, f) for a, f in zip(x, amount.tolist())]))
@@ -93,79 +85,107 @@ def test_colours_are_torchvisions(x, mine, twin, low, high):
 
 def test_grey_and_solarize_are_torchvisions(x):
     assert_close(colour.grey(x), tv.rgb_to_grayscale(x))
-    assert torch.equal(colour.solarize(x), tv.solarize(x, .5))
+    assert torch.equal(colour.solarize(x), tv.solarize(x, 0.5))
 
 
 @pytest.mark.parametrize('order', [(0, 1, 2, 3), (2, 0, 3, 1), (1, 2, 0)])
 def test_jitter_is_torchvisions_in_the_same_order(x, order):
-    amounts = jitter_amounts(len(x), (.4, .4, .2, .1), seeded())
+    amounts = jitter_amounts(len(x), (0.4, 0.4, 0.2, 0.1), seeded())
     twins = tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue
 
     def twin(image, own):
-        for i in order: image = twins[i](image, own[i].item())
+        for i in order:
+            image = twins[i](image, own[i].item())
         return image
+
     assert_close(jitter(x, amounts, order), torch.stack([twin(a, own) for a, own in zip(x, amounts.T)]), 1e-5)
 
 
 def test_amounts_fill_their_range():
-    amounts = jitter_amounts(20_000, (.4, .3, .2, .1), seeded())
-    assert_close(amounts.amax(1), torch.tensor([1.4, 1.3, 1.2, .1]), 1e-3)
-    assert_close(amounts.amin(1), torch.tensor([.6, .7, .8, -.1]), 1e-3)
-    assert_close(amounts.std(1), torch.tensor([.4, .3, .2, .1])/3**.5, .02)
+    amounts = jitter_amounts(20_000, (0.4, 0.3, 0.2, 0.1), seeded())
+    assert_close(amounts.amax(1), torch.tensor([1.4, 1.3, 1.2, 0.1]), 1e-3)
+    assert_close(amounts.amin(1), torch.tensor([0.6, 0.7, 0.8, -0.1]), 1e-3)
+    assert_close(amounts.std(1), torch.tensor([0.4, 0.3, 0.2, 0.1]) / 3**0.5, 0.02)
 
 
 @pytest.mark.parametrize('name', ['grey', 'blur', 'solarize', 'jitter'])
 def test_probabilities_are_kept(name):
-    x = scenes(1, size=16).images.float().expand(2000, -1, -1, -1)/255
-    done = perturb(x, NOTHING._replace(strength=(.4, .4, .2, .1), **{name: .2}), seeded())
+    x = scenes(1, size=16).images.float().expand(2000, -1, -1, -1) / 255
+    done = augment_colours(x, NOTHING._replace(strength=(0.4, 0.4, 0.2, 0.1), **{name: 0.2}), seeded())
     share = (done != x).flatten(1).any(1).float().mean()
-    assert abs(share - .2) < .03
+    assert abs(share - 0.2) < 0.03
 
 
 def test_no_coin_falls_and_every_coin_falls(x):
-    assert on_some(x, 0., colour.solarize, seeded()) is x
-    assert torch.equal(on_some(x, 1., colour.solarize, seeded()), colour.solarize(x))
-    assert torch.equal(perturb(x, NOTHING, seeded()), x)
+    assert apply_to_some(x, 0.0, colour.solarize, seeded()) is x
+    assert torch.equal(apply_to_some(x, 1.0, colour.solarize, seeded()), colour.solarize(x))
+    assert torch.equal(augment_colours(x, NOTHING, seeded()), x)
 
 
 def test_amounts_stay_with_their_images(x):
-    names = torch.arange(16.)
-    seen = on_some(torch.zeros(16, 1, 1, 1), .5, lambda y, a, b: y + a[:, None, None, None] + b[1][:, None, None, None], seeded(),
-                   names, torch.stack([-names, names])).flatten()
-    assert ((seen == 2*names) | (seen == 0)).all() and 2 < (seen > 0).sum() < 15
+    names = torch.arange(16.0)
+    seen = apply_to_some(
+        torch.zeros(16, 1, 1, 1),
+        0.5,
+        lambda y, a, b: y + a[:, None, None, None] + b[1][:, None, None, None],
+        seeded(),
+        names,
+        torch.stack([-names, names]),
+    ).flatten()
+    assert ((seen == 2 * names) | (seen == 0)).all() and 2 < (seen > 0).sum() < 15
 
 
 def test_paper_and_release_differ_as_written():
-    paper, release = COLOURINGS['paper'], COLOURINGS['release']
-    assert (release.jitter, release.grey, paper.jitter, paper.grey) == (.8, .2, 1., 0.)
-    assert (release.strength, release.blur, release.solarize) == (paper.strength, paper.blur, paper.solarize) == ((.4, .4, .2, .1), .1, .2)
+    paper, release = COLOUR_AUGMENTATIONS['paper'], COLOUR_AUGMENTATIONS['release']
+    assert (release.jitter, release.grey, paper.jitter, paper.grey) == (0.8, 0.2, 1.0, 0.0)
+    assert (
+        (release.strength, release.blur, release.solarize)
+        == (paper.strength, paper.blur, paper.solarize)
+        == ((0.4, 0.4, 0.2, 0.1), 0.1, 0.2)
+    )
 
 
 # -- views ----------------------------------------------------------------------------------------------------------
 
+
 def test_normalise_is_torchvisions(x):
-    assert_close(normalise(x), tv.normalize(x, [.485, .456, .406], [.229, .224, .225]))
+    assert_close(normalise(x), tv.normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     assert_close(denormalise(normalise(x)), x)
 
 
 def test_views_are_aligned(images, monkeypatch):
     views = Views(32, ('weak', 'strong', 'strong', 'jitter'))
     weak, strong, other, jittered = views(images, seeded())
-    assert not torch.equal(weak, strong) and not torch.equal(strong, other) and not torch.equal(weak, jittered)
-    for name in ('paper', 'jitter'): monkeypatch.setitem(COLOURINGS, name, NOTHING)
-    for view in views(images, seeded()): assert torch.equal(view, weak)
+    assert (
+        not torch.equal(weak, strong) and not torch.equal(strong, other) and not torch.equal(weak, jittered)
+    )
+    for name in ('paper', 'jitter'):
+        monkeypatch.setitem(COLOUR_AUGMENTATIONS, name, NOTHING)
+    for view in views(images, seeded()):
+        assert torch.equal(view, weak)
 
 
 def test_strong_views_show_the_crop_of_the_weak_one(images, monkeypatch):
     "Where the light lies inside a image survives jitter and blur, so a strong view resembles its own weak view most."
     views = Views(32, ('weak', 'strong'))
-    monkeypatch.setitem(COLOURINGS, 'paper', ColourAugmentation(solarize=0.))
-    flat = [torch.nn.functional.normalize((v := colour.grey(view).flatten(1)) - v.mean(1, keepdim=True), dim=1) for view in views(images, seeded())]
-    assert ((flat[1]@flat[0].T).argmax(1) == torch.arange(16)).float().mean() >= .9
+    monkeypatch.setitem(COLOUR_AUGMENTATIONS, 'paper', ColourAugmentation(solarize=0.0))
+    flat = [
+        torch.nn.functional.normalize((v := colour.grey(view).flatten(1)) - v.mean(1, keepdim=True), dim=1)
+        for view in views(images, seeded())
+    ]
+    assert ((flat[1] @ flat[0].T).argmax(1) == torch.arange(16)).float().mean() >= 0.9
 
 
-@pytest.mark.parametrize('make', [lambda: Views(32, ('weak', 'strong')), lambda: Views(32, ('jitter',)), lambda: Views(32, ('rand',)), lambda: Views(32, ('rand+jitter',)),
-                                  lambda: MultiCrop(32, 8, locals=2, local_size=16)])
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: Views(32, ('weak', 'strong')),
+        lambda: Views(32, ('jitter',)),
+        lambda: Views(32, ('rand',)),
+        lambda: Views(32, ('rand+jitter',)),
+        lambda: MultiCrop(32, 8, locals=2, local_size=16),
+    ],
+)
 def test_the_seed_decides_everything(images, make):
     torch.manual_seed(1)
     first = make()(images, seeded(5))
@@ -182,10 +202,12 @@ def test_one_generator_goes_on(images):
 
 def test_every_image_has_its_own_numbers(images):
     same = images[3:4].expand(24, -1, -1, -1)
-    for view in Views(32, ('weak', 'strong'))(same, seeded()) + MultiCrop(32, 8, locals=1, local_size=16)(same, seeded()):
-        assert torch.pdist(view.flatten(1)).min() > .1
-    in_place = perturb(same.float()/255, COLOURINGS['jitter'], seeded())
-    assert torch.pdist(in_place.flatten(1)).min() > .01
+    for view in Views(32, ('weak', 'strong'))(same, seeded()) + MultiCrop(32, 8, locals=1, local_size=16)(
+        same, seeded()
+    ):
+        assert torch.pdist(view.flatten(1)).min() > 0.1
+    in_place = augment_colours(same.float() / 255, COLOUR_AUGMENTATIONS['jitter'], seeded())
+    assert torch.pdist(in_place.flatten(1)).min() > 0.01
 
 
 def test_a_image_does_not_meet_its_neighbours(images):
@@ -199,52 +221,75 @@ def test_a_image_does_not_meet_its_neighbours(images):
         assert not torch.equal(a[5], b[5])
 
 
-@pytest.mark.parametrize('kind', ['weak', 'strong', 'release', 'jitter', 'plain'])
+@pytest.mark.parametrize('kind', ['weak', 'strong', 'release', 'jitter', 'resize'])
 def test_values_keep_their_range(images, kind):
     for seed in range(4):
-        view, = Views(48, (kind,))(images, seeded(seed))
+        (view,) = Views(48, (kind,))(images, seeded(seed))
         back = denormalise(view)
-        assert view.dtype == torch.float32 and view.shape == (16, 3, 48, 48) and back.min() > -1e-6 and back.max() < 1 + 1e-6
+        assert (
+            view.dtype == torch.float32
+            and view.shape == (16, 3, 48, 48)
+            and back.min() > -1e-6
+            and back.max() < 1 + 1e-6
+        )
 
 
 def test_autocast_does_not_coarsen(images):
     views = Views(32, ('weak',))
-    with torch.autocast('cpu', dtype=torch.bfloat16): coarse, = views(images, seeded())
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        (coarse,) = views(images, seeded())
     assert torch.equal(coarse, views(images, seeded())[0])
 
 
 def test_multi_crop(images):
     crops = MultiCrop(64, 8, locals=3, local_size=24)(images, seeded())
-    assert [tuple(c.shape[-2:]) for c in crops] == [(64, 64)]*2 + [(24, 24)]*3
+    assert [tuple(c.shape[-2:]) for c in crops] == [(64, 64)] * 2 + [(24, 24)] * 3
     assert not torch.equal(crops[0], crops[1]) and not torch.equal(crops[2], crops[3])
-    detail = [(c[..., 1:] - c[..., :-1]).abs().mean() for c in (crops[0], MultiCrop(64, 8, kinds=('global2',))(images, seeded())[0])]
-    assert detail[0] < .8*detail[1], 'the first large view is always blurred'
+    detail = [
+        (c[..., 1:] - c[..., :-1]).abs().mean()
+        for c in (crops[0], MultiCrop(64, 8, kinds=('global2',))(images, seeded())[0])
+    ]
+    assert detail[0] < 0.8 * detail[1], 'the first large view is always blurred'
 
 
 def test_what_a_user_can_get_wrong():
-    for wrong, message in ((lambda: Views(32, ('week',)), 'did you mean weak'), (lambda: Views(32, ('plain', 'weak')), 'not cropped'),
-                           (lambda: Views(32, ('weak', 'relase')), 'did you mean release'), (lambda: MultiCrop(224, 16, locals=2, local_size=100), 'take 96 or 112'),
-                           (lambda: MultiCrop(60, 8), 'take 56 or 64'), (lambda: MultiCrop(64, 8, kinds=('globe1',)), 'did you mean global1')):
-        with pytest.raises(StudyError, match=message) as e: wrong()
+    for wrong, message in (
+        (lambda: Views(32, ('week',)), 'did you mean weak'),
+        (lambda: Views(32, ('resize', 'weak')), 'not cropped'),
+        (lambda: Views(32, ('weak', 'relase')), 'did you mean release'),
+        (lambda: MultiCrop(224, 16, locals=2, local_size=100), 'take 96 or 112'),
+        (lambda: MultiCrop(60, 8), 'take 56 or 64'),
+        (lambda: MultiCrop(64, 8, kinds=('globe1',)), 'did you mean global1'),
+    ):
+        with pytest.raises(StudyError, match=message) as e:
+            wrong()
         assert '\n' not in str(e.value)
 
 
 # -- machines -------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.cuda
-@pytest.mark.parametrize('make', [lambda: Views(64, ('weak', 'strong', 'jitter')), lambda: MultiCrop(64, 8, locals=2, local_size=32)])
+@pytest.mark.parametrize(
+    'make',
+    [lambda: Views(64, ('weak', 'strong', 'jitter')), lambda: MultiCrop(64, 8, locals=2, local_size=32)],
+)
 def test_a_gpu_sees_the_same_views_and_is_not_waited_for(images, make):
     expected, there = make()(images, seeded()), images.cuda()
     make()(there, seeded())
     torch.cuda.set_sync_debug_mode('error')
-    try: got = make()(there, seeded())
-    finally: torch.cuda.set_sync_debug_mode('default')
-    for a, b in zip(got, expected): assert_close(a.cpu(), b, 1e-4)
+    try:
+        got = make()(there, seeded())
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    for a, b in zip(got, expected):
+        assert_close(a.cpu(), b, 1e-4)
 
 
 @pytest.mark.slow
 def test_views_cost_little_beside_a_training_step():
     from timm.models.vision_transformer import VisionTransformer
+
     model = VisionTransformer(img_size=64, patch_size=8, embed_dim=192, depth=12, num_heads=3, num_classes=10)
     optimiser, label = torch.optim.AdamW(model.parameters()), torch.arange(256) % 10
     images, views, g = scenes(256, size=64).images, Views(64, ('weak', 'strong')), seeded()
@@ -259,7 +304,8 @@ def test_views_cost_little_beside_a_training_step():
         begin = time.perf_counter()
         out = work(*given)
         return time.perf_counter() - begin, out
+
     making, (weak, _) = seconds(views, images, g)
     training, _ = seconds(step, weak)
-    print(f'views {1000*making:.0f} ms, step {1000*training:.0f} ms, ratio {making/training:.1%}')
-    assert making < .15*training
+    print(f'views {1000 * making:.0f} ms, step {1000 * training:.0f} ms, ratio {making / training:.1%}')
+    assert making < 0.15 * training

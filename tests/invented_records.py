@@ -1,0 +1,12 @@
+"A record with invented scores, for tests; its commit and its device say so. Tests write it into temporary folders only."
+
+from mimstudy.papers.experiments import experiment
+from mimstudy.study.records import record
+
+
+def invented_record(name, seed=0, scale='laptop', protocol='linear', n_val=3200, **scores):
+    "The record of an experiment; `linear_1_patch=12.0` is the score linear/1/patch."
+    e = experiment(name, scale, seed=seed)
+    images_seen = 96_000 if e.features == 'trained' else 0
+    scores = {key.replace('_', '/'): value for key, value in scores.items()}
+    return record(e, protocol, scores, n_val, images_seen) | dict(commit='invented', device='invented')

@@ -1,0 +1,76 @@
+"Tables: the papers' numbers, and names that hold together."
+
+import re
+
+import pytest
+
+from mimstudy.core.errors import StudyError
+from mimstudy.papers.downstream import DOWNSTREAM
+from mimstudy.papers.pretraining import PRETRAININGS
+from mimstudy.papers.tables import FEATURES, PROBES, SEMANTICMIM_T1, TABLES
+
+PRINTED_DIFFERENCES = {  # in SemanticMIM Table 1, in brackets
+    'beit+semanticmim': (
+        'beit',
+        dict(linear_cls=17.7, linear_patch=9.5, ft_cls=1.1, ft_patch=0.7, voc=19.3, ade20k=3.9),
+    ),
+    'maskfeat+semanticmim': (
+        'maskfeat',
+        dict(linear_cls=28.6, linear_patch=26.2, ft_cls=1.0, ft_patch=0.6, voc=11.7, ade20k=3.1),
+    ),
+}
+
+
+@pytest.mark.parametrize('row', PRINTED_DIFFERENCES)
+def test_numbers_give_the_differences_that_the_paper_prints(row):
+    base, printed = PRINTED_DIFFERENCES[row]
+    ours, theirs = SEMANTICMIM_T1.row(row), SEMANTICMIM_T1.row(base)
+    assert ours.baseline == base
+    assert {name: round(ours.paper[name] - theirs.paper[name], 1) for name in printed} == printed
+
+
+def test_conmim_table_8():
+    rows = TABLES['conmim-t8'].rows
+    assert {row.change['options']['tau']: row.paper['ft'] for row in rows} == {
+        0.05: 82.55,
+        0.07: 83.03,
+        0.1: 83.51,
+        0.15: 83.32,
+        0.2: 83.35,
+    }
+    assert {row.baseline for row in rows} == {'', 'tau=0.1'}
+
+
+@pytest.mark.parametrize('table', TABLES.values(), ids=TABLES)
+def test_rows(table):
+    names = [row.name for row in table.rows]
+    assert len(set(names)) == len(names)
+    for row in table.rows:
+        assert re.fullmatch(r'[\w.=+-]+', row.name)
+        assert not row.baseline or (row.baseline in names and row.baseline != row.name)
+        assert row.config in PRETRAININGS and row.features in FEATURES
+        assert set(row.paper) <= {column.name for column in table.columns}
+        assert row.label in table._repr_markdown_()
+
+
+@pytest.mark.parametrize('table', TABLES.values(), ids=TABLES)
+def test_columns(table):
+    names = [column.name for column in table.columns]
+    assert len(set(names)) == len(names)
+    for column in table.columns:
+        assert not column.beside or column.beside in names
+        protocol = column.protocol
+        assert protocol in PROBES or table.downstream[protocol] in DOWNSTREAM
+    assert set(table.protocols) == {*table.probes, *table.downstream}
+
+
+def test_pixels_have_no_prefix_and_no_fine_tuning():
+    columns = {column.name: column for column in SEMANTICMIM_T1.columns}
+    assert columns['linear_patch'].key('laptop', 'pixels') == 'linear/0/pixels'
+    assert columns['linear_cls'].key('laptop', 'pixels') is None
+    assert columns['ft_patch'].key('laptop', 'pixels') is None
+
+
+def test_a_wrong_row():
+    with pytest.raises(StudyError, match='unknown row of semanticmim-t1 "biet"; did you mean beit'):
+        SEMANTICMIM_T1.row('biet')

@@ -1,0 +1,132 @@
+"Records: read as they were written; broken ones are named; writers in several processes lose nothing."
+
+import json
+import math
+import multiprocessing
+import re
+from pathlib import Path
+
+import pytest
+from invented_records import invented_record
+
+from mimstudy.core.errors import StudyError
+from mimstudy.engine.files import write_atomic
+from mimstudy.papers.experiments import experiment
+from mimstudy.papers.tables import TABLES
+from mimstudy.study.records import FIELDS, RecordStore
+
+RESULTS = Path(__file__).resolve().parents[2] / 'results'
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    store, one = RecordStore(tmp_path), invented_record('semanticmim-t1/beit', linear_1_patch=12.25)
+    file = store.add(one)
+    assert set(one) == set(FIELDS) and store.find() == [one] and file.name == f'{one["id"]}.json'
+    assert [path.name for path in file.parent.iterdir()] == [file.name], 'no temporary file is left'
+    store.add(one | dict(seconds=3.0))
+    assert [record['seconds'] for record in store.find()] == [3.0]
+
+
+def test_find_and_frame(tmp_path):
+    store = RecordStore(tmp_path)
+    for seed in range(3):
+        scores = dict(linear_1_prefix=10.0 + seed, linear_best_prefix=11.0 + seed)
+        store.add(invented_record('semanticmim-t1/beit', seed, linear_best_prefix_block=1, **scores))
+    store.add(invented_record('semanticmim-t1/pixels', linear_0_pixels=5.0))
+    assert [record['seed'] for record in store.find(row='beit')] == [0, 1, 2]
+    assert len(store.find(row='beit', seed=2)) == 1
+    frame = store.frame(row='beit')
+    best = frame[frame.block == 'best']
+    assert len(frame) == 6 and best.score.tolist() == [11.0, 12.0, 13.0] and set(best.best_block) == {1.0}
+    assert store.frame(row='maskfeat').empty and set(store.frame(row='pixels').token) == {'pixels'}
+    with pytest.raises(StudyError, match='unknown field of a record "rows"'):
+        store.find(rows='beit')
+
+
+@pytest.mark.parametrize(
+    'text', ['', '{"id": "x"', '[]', '{}', 'null', '{"id": "x", "scores": {}}', '{"schema": 2}', '\x00\xff']
+)
+def test_a_broken_record_is_named_and_the_others_count(tmp_path, capsys, text):
+    store = RecordStore(tmp_path)
+    store.add(invented_record('semanticmim-t1/beit', linear_1_patch=1.0))
+    (tmp_path / 'scores' / 'broken.json').write_text(text)
+    assert len(store.find()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith('scores/broken.json is left out: ') and str(tmp_path) not in line
+
+
+def test_done_means_every_requested_protocol(tmp_path):
+    store, e = RecordStore(tmp_path), experiment('conmim-t8/tau=0.1', 'laptop')
+    assert e.protocols == ('linear', 'knn') and not store.done(e)
+    store.add(invented_record(e.name, linear_1_patch=1.0))
+    assert not store.done(e)
+    file = store.add(invented_record(e.name, protocol='knn', knn_1_patch=1.0))
+    assert store.done(e) and not store.done(experiment(e.name, 'laptop', seed=1))
+    file.write_text('broken')
+    assert not store.done(e)
+
+
+def test_an_incomplete_record_is_refused(tmp_path):
+    store = RecordStore(tmp_path)
+    with pytest.raises(StudyError, match='a record needs schema, experiment, train'):
+        store.add(dict(id='x'))
+    with pytest.raises(ValueError):
+        store.add(invented_record('semanticmim-t1/beit', linear_1_patch=math.nan))
+    assert not store.find()
+
+
+def test_an_interrupted_writer_leaves_the_old_file(tmp_path):
+    file = write_atomic(tmp_path / 'a.json', lambda path: path.write_text('old'))
+
+    def interrupted(path):
+        path.write_text('ne')
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(file, interrupted)
+    assert file.read_text() == 'old' and [path.name for path in tmp_path.iterdir()] == ['a.json']
+
+
+def write_many(folder, writer, template):
+    store = RecordStore(folder)
+    for i in range(40):
+        store.add(template | dict(id=f'writer-{writer}-{i}', seed=100 * writer + i))
+        store.add(template | dict(id='shared', seed=writer, label='x' * (1 + 5000 * (i % 2))))
+
+
+def test_writers_in_several_processes_lose_nothing(tmp_path, capsys):
+    fork = multiprocessing.get_context('fork')
+    template = invented_record('semanticmim-t1/beit', linear_1_patch=1.0)
+    writers = [fork.Process(target=write_many, args=(tmp_path, w, template)) for w in range(3)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        assert all(set(record) == set(FIELDS) for record in RecordStore(tmp_path).find())
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0] * 3
+    found = RecordStore(tmp_path).find()
+    own = {record['seed'] for record in found if record['id'] != 'shared'}
+    assert len(found) == 3 * 40 + 1 and own == {100 * w + i for w in range(3) for i in range(40)}
+    assert not [path for path in (tmp_path / 'scores').iterdir() if path.suffix != '.json']
+    assert not capsys.readouterr().err
+
+
+def test_committed_records_are_measured_and_complete(capsys):
+    found = RecordStore(RESULTS).find()
+    assert not capsys.readouterr().err, 'a broken record'
+    for record in found:
+        assert 'invented' not in record['commit'] and record['commit'] != 'unknown'
+        assert record['table'] in TABLES
+        assert not re.search(r'/(root|home|tmp|Users)/', json.dumps(record)), record['id']
+        scores = {name: score for name, score in record['scores'].items() if not name.endswith('/block')}
+        assert all(0 <= score <= 100 for score in scores.values())
+
+
+def test_committed_records_belong_to_todays_experiments():
+    "The identifiers of all committed records are those that their experiments have today."
+    for record in RecordStore(RESULTS).find():
+        name = f'{record["table"]}/{record["row"]}'
+        e = experiment(name, record['scale'], record['dataset'], record['seed'])
+        assert record['id'] == e.record_id(record['protocol']), name
+        assert record['config'] == e.values, name

@@ -1,0 +1,82 @@
+"""Trainings give the numbers that they gave before: stored loss curves of ten methods, and stored scores.
+
+`tests/stored_curves/smoke.json` holds the loss and the gradient norm of every step, and the sum of the absolute encoder weights at the
+end, of trainings at smoke scale (scenes, seed 3, one thread, float32), and the scores of probes and downstream trainings of an
+untrained encoder. On the processor and with the package versions named in the file they must be equal to the last bit. Elsewhere
+floating-point sums are ordered differently, and 16 steps of training amplify that, so they must agree within a relative 1e-3.
+"""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from mimstudy.engine.datasets import load_dataset
+from mimstudy.engine.train import train
+from mimstudy.evaluate.catalogue import evaluate
+from mimstudy.papers.experiments import experiment
+from mimstudy.papers.pretraining import pretraining
+from mimstudy.papers.scales import at_scale
+from mimstudy.study.build import build_batch_function, build_encoder, build_task
+from mimstudy.study.downstream import train_downstream
+from mimstudy.study.provenance import device_name
+
+STORED = json.loads((Path(__file__).resolve().parents[1] / 'stored_curves' / 'smoke.json').read_text())
+SEED = 3
+
+
+def this_machine():
+    packages = ('torch', 'torchvision', 'timm', 'kornia')
+    versions = {name: version(name) for name in packages} | dict(torch=torch.__version__)
+    return dict(processor=device_name('cpu')) | versions
+
+
+SAME_MACHINE = this_machine() == STORED['machine']
+
+
+def compare(numbers, stored):
+    "Assert that numbers equal those stored as hexadecimal floats, or are close to them on another machine."
+    stored = [float.fromhex(number) for number in stored]
+    if SAME_MACHINE:
+        assert numbers == stored
+    else:
+        assert numbers == pytest.approx(stored, rel=1e-3)
+
+
+def curve(name):
+    "Losses, gradient norms and the final sum of absolute encoder weights of a training at smoke scale."
+    config = at_scale(pretraining(name), 'smoke')
+    images = load_dataset('scenes', 'train', config.data.size, config.data.per_class)
+    task = build_task(config, images, seed=SEED)
+    make_batch = build_batch_function(config, images)
+    result = train(task, images, make_batch, config, None, seed=SEED, device='cpu', precision='no')
+    weights = sum(w.double().abs().sum() for w in result.task.encoder.state_dict().values())
+    return dict(
+        loss=[float(value) for value in result.history['loss']],
+        grad_norm=[float(value) for value in result.history['grad_norm']],
+        encoder=[float(weights)],
+    )
+
+
+@pytest.mark.parametrize('name', STORED['curves'])
+def test_a_training_is_the_same(name):
+    stored = STORED['curves'][name]
+    numbers = curve(name)
+    for what in ('loss', 'grad_norm'):
+        compare(numbers[what], stored[what])
+    compare(numbers['encoder'], [stored['encoder']])
+
+
+def test_scores_are_the_same():
+    protocols = ('finetune', 'voc', 'ade20k', 'finetune-release')
+    e = experiment('semanticmim-t1/maskfeat', 'smoke', seed=SEED, protocols=protocols)
+    encoder = build_encoder(e.config, SEED).eval()
+    scores = {}
+    for protocol in protocols:
+        scores |= train_downstream(protocol, e.downstream_config(protocol), encoder, None, SEED).scores
+    train_images, val_images = (load_dataset('scenes', split, 32, 22) for split in ('train', 'val'))
+    scores |= evaluate(('linear', 'knn'), encoder, train_images, val_images, device='cpu')
+    assert set(scores) == set(STORED['scores'])
+    compare([float(scores[name]) for name in STORED['scores']], STORED['scores'].values())
