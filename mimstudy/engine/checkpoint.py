@@ -34,7 +34,9 @@ def save_checkpoint(
             torch.save(state, f)
 
     write_atomic(
-        out / 'checkpoint.pt', write, 'the last checkpoint is untouched; make room and run the same again'
+        out / 'checkpoint.pt',
+        write,
+        'the last checkpoint is untouched; free some space and run the same again',
     )
 
 
@@ -80,9 +82,11 @@ def check_identity(
     out: Path,  # for the message
 ) -> None:
     "Raise a `StudyError` that names what differs, if anything but the name does."
-    if missing := ours.keys() - saved.keys():
+    missing = ours.keys() - saved.keys()
+    if missing:
         raise StudyError(
-            f'{out} does not say its {min(missing)}: it is no training of this version; delete it to begin again'
+            f'{out} does not say its {min(missing)}: it is no training of this version; '
+            'delete it to begin again'
         )
     there = _flat({name: saved[name] for name in ours})
     here = _flat(ours)

@@ -293,9 +293,8 @@ class OptimConfig(Config):
             self._require(getattr(self, name) > 0, f'{name} must be above 0, not {getattr(self, name)}')
         below_peak = 0 <= self.min_lr <= self.lr
         self._require(below_peak, f'min_lr must lie between 0 and the peak of {self.lr}, not {self.min_lr}')
-        in_training = 0 <= self.warmup <= self.epochs
         message = f'warmup must lie between 0 and the {self.epochs} epochs, not {self.warmup}'
-        self._require(in_training, message)
+        self._require(0 <= self.warmup <= self.epochs, message)
         given = self.step_epochs is not None
         positive = self.step_epochs is None or self.step_epochs > 0
         steps_ok = given == (self.schedule == 'steps') and positive

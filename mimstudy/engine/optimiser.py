@@ -63,7 +63,7 @@ def decay_groups(
 def build_optimiser(
     module: nn.Module,  # already on its device
     optim: OptimConfig,
-    fused: bool = True,  # one kernel for a whole group; not with a gradient scaler, which must see skipped steps
+    fused: bool = True,  # one kernel for a whole group; not with a gradient scaler
 ) -> Optimizer:
     "The optimiser of a configuration, over all parameters of `module` that take a gradient."
     groups = decay_groups(module, optim.weight_decay, optim.no_decay, optim.layer_decay)

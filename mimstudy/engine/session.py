@@ -79,7 +79,8 @@ def restore_checkpoint(
     saved = load_checkpoint(out) if out else None
     if not saved:
         return dict(step=0, rows=[], seconds=0.0)
-    if missing := set(CHECKPOINT_KEYS) - saved.keys():
+    missing = set(CHECKPOINT_KEYS) - saved.keys()
+    if missing:
         raise StudyError(
             f'checkpoint.pt in {out} has no {min(missing)}: it is no checkpoint of a training; '
             'delete it to begin again'
@@ -88,8 +89,8 @@ def restore_checkpoint(
     processes = saved['processes']
     if processes != accelerator.num_processes:
         raise StudyError(
-            f'the training in {out} was begun by {processes} processes, which draw other views and masks than '
-            f'{accelerator.num_processes}; go on with {processes}'
+            f'the training in {out} was begun by {processes} processes, which draw other views and masks '
+            f'than {accelerator.num_processes}; go on with {processes}'
         )
     load_state(task, saved['task'], out)
     load_state(optimiser, saved['optimiser'], out)
@@ -174,9 +175,9 @@ def _check_finite(session, values, first):
         for i, value in enumerate(values[:, column].tolist()):
             if not isfinite(value):
                 raise StudyError(
-                    f'{session.config.name}: the {what} of step {first + i} of {session.steps} is not finite; the last '
-                    'checkpoint is kept, and the same training would fail again: lower its learning rate, or train in '
-                    'bf16 or without mixed precision'
+                    f'{session.config.name}: the {what} of step {first + i} of {session.steps} is not '
+                    'finite; the last checkpoint is kept, and the same training would fail again: lower its '
+                    'learning rate, or train in bf16 or without mixed precision'
                 )
 
 

@@ -16,7 +16,7 @@ def linear_head(
 ) -> nn.Linear:  # (…,D) -> (…,K)
     "One linear layer, initialised as the encoder's linear layers, with a bias of zero."
     head = nn.Linear(pathway.width, out)
-    INITS[pathway.encoder.config['init']][1](head.weight)
+    INITS[pathway.encoder.config['init']].linear(head.weight)
     nn.init.zeros_(head.bias)
     return head
 
@@ -40,7 +40,7 @@ class Projector(nn.Sequential):
             layers += [linear, nn.BatchNorm1d(after, affine=not last)]
             if not last:
                 layers.append(nn.ReLU(inplace=True))
-            INITS[encoder.config['init']][1](linear.weight)
+            INITS[encoder.config['init']].linear(linear.weight)
         super().__init__(*layers)
 
     def forward(

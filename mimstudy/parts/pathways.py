@@ -57,8 +57,8 @@ def check_equal_counts(
     "Raise a `StudyError` if the number of visible or of predicted patches differs between images."
     if mask.visible is None or mask.weight is not None:
         raise StudyError(
-            f'{pathway} needs masks that hide equally many patches in every image, which block-wise ones do not: '
-            'use random masks, or the Substitute pathway'
+            f'{pathway} needs masks that hide equally many patches in every image, '
+            'which block-wise ones do not: use random masks, or the Substitute pathway'
         )
 
 # %% ../../nbs/parts/20_pathways.ipynb #d868241e
@@ -115,7 +115,8 @@ class MaskPixels(nn.Module):
         pixels = mask.hidden.view(-1, 1, *self.encoder.grid)
         pixels = pixels.repeat_interleave(side, 2).repeat_interleave(side, 3)
         x = torch.where(pixels, self.colour.to(x.dtype), x)
-        return self.encoder.encode(torch.cat([self.encoder.prefix_tokens(len(x)), self.encoder.patch_tokens(x)], 1))
+        tokens = [self.encoder.prefix_tokens(len(x)), self.encoder.patch_tokens(x)]
+        return self.encoder.encode(torch.cat(tokens, 1))
 
     def select(self, hidden, mask):
         "The hidden states of the predicted patches, (B,M,D)."

@@ -18,7 +18,7 @@ from ..core.task import Batch, Task
 from ..engine.config import SEPARATE_CROPS, DataConfig
 from ..engine.datasets import ImageDataset
 from ..engine.training_config import PretrainConfig
-from ..methods.catalogue import build, needs
+from ..methods.catalogue import build_method, data_arguments
 from ..parts.encoder import Encoder
 from ..parts.masks import Mask, block_mask, ibot_mask, independent_masks, make_mask, random_mask
 from ..parts.relative_encoder import RelativeEncoder
@@ -89,9 +89,9 @@ def build_task(
     "The method of a configuration, ready to be trained."
     encoder = build_encoder(config, seed)
     from_data = {}
-    for name in needs(config.method):
+    for name in data_arguments(config.method):
         from_data[name] = len(images.classes) if name == 'classes' else _tokenizer(config, images, seed)
-    task = build(config.method, encoder, from_data, **config.options)
+    task = build_method(config.method, encoder, from_data, **config.options)
     views = config.data.views
     if views in SEPARATE_CROPS and not task.separate_crops:
         reason = 'compares patches of one crop, or sees one view'

@@ -20,8 +20,9 @@ from ..core.settings import dataset_path, resolve_device, settings
 from ..core.task import Batch, Task
 from ..engine.datasets import ImageDataset, InMemoryDataset, load_dataset
 from ..engine.files import write_atomic
-from ..engine.image_folder import Crop
-from ..engine.segmentation_data import list_maps, load_maps
+from ..engine.image_folder import RandomCrop
+from ..engine.segmentation_data import load_segmentation_dataset
+from ..engine.segmentation_files import list_pairs
 from ..engine.train import TrainingResult, train
 from ..engine.training_config import DownstreamConfig
 from ..evaluate.catalogue import DOWNSTREAM_TASKS
@@ -52,8 +53,8 @@ def _load_maps(data):
     limit = None
     if data.per_class:
         limit = data.per_class * len(CLASSES) // CHUNK * CHUNK
-    images = load_maps(data.dataset, 'train', data.size, limit)
-    return images, load_maps(data.dataset, 'val', data.size, strict=True)
+    images = load_segmentation_dataset(data.dataset, 'train', data.size, limit)
+    return images, load_segmentation_dataset(data.dataset, 'val', data.size, strict=True)
 
 
 def load_downstream(
@@ -64,7 +65,7 @@ def load_downstream(
     data = config.data
     if config.task != 'finetune':
         return _load_maps(data)
-    crop = Crop(data.crop, flip=data.flip, seed=seed)
+    crop = RandomCrop(data.crop, flip=data.flip, seed=seed)
     images = load_dataset(data.dataset, 'train', data.size, data.per_class, crop=crop)
     return images, load_dataset(data.dataset, 'val', data.size, strict=True)
 
@@ -76,7 +77,7 @@ def check_downstream(
     if config.task == 'finetune' or config.data.dataset == 'scenes':
         return
     for split in ('train', 'val'):
-        list_maps(dataset_path(config.data.dataset), split)
+        list_pairs(dataset_path(config.data.dataset), split)
 
 # %% ../../nbs/study/30_downstream.ipynb #24a43de2
 def downstream_batch_function(

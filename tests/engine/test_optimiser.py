@@ -1,4 +1,4 @@
-"Parameter groups against the releases' own: every name with its weight decay and its share of the learning rate."
+"Parameter groups of the releases: weight decay and learning rate factor of each parameter; and AdamW itself."
 
 import pytest
 import torch
@@ -6,80 +6,78 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mimstudy.core.errors import StudyError
-from mimstudy.engine.optimiser import build_optimiser, decay_groups, layer_of
-from mimstudy.engine.config import Recipe
+from mimstudy.engine.config import OptimConfig
+from mimstudy.engine.optimiser import build_optimiser, clip_each, decay_groups, layer_of
 
-SPARED = ('cls_token', 'reg_token', 'pos_embed')
+NO_DECAY = ('cls_token', 'reg_token', 'pos_embed')
 STEM = r'^(?:backbone\.)?(?:cls_token|pos_embed|patch_embed|mask_token)'
+BLOCKS = r'^(?:backbone\.)?(?:blocks|layers)\.(\d+)'
 
 
-class Named(nn.Module):
+class NamedParameters(nn.Module):
     "A module that has parameters of given names and dimensions, and a timm-like matcher of layers."
 
-    def __init__(self, names, blocks=r'^(?:backbone\.)?(?:blocks|layers)\.(\d+)'):
+    def __init__(self, names):
         super().__init__()
-        self.values, self.matcher = (
-            {name: nn.Parameter(torch.zeros((2,) * ndim(name))) for name in names},
-            dict(stem=STEM, blocks=blocks),
-        )
+        self.values = {name: nn.Parameter(torch.zeros((2,) * dimensions(name))) for name in names}
 
     def named_parameters(self):
         yield from self.values.items()
 
     def group_matcher(self, coarse=False):
-        return self.matcher
+        return dict(stem=STEM, blocks=BLOCKS)
 
 
-def ndim(name):
-    "How many dimensions a parameter of the releases has, as far as decay is concerned."
+def dimensions(name):
+    "The number of dimensions that a parameter of the releases has, as far as weight decay is concerned."
     parts = name.split('.')
-    if (
-        parts[-1].endswith('bias')
-        or parts[-1].startswith('gamma')
-        or {'norm', 'norm1', 'norm2', 'fc_norm', 'ln1', 'ln2'} & set(parts)
-    ):
+    is_norm = bool({'norm', 'norm1', 'norm2', 'fc_norm', 'ln1', 'ln2'} & set(parts))
+    is_batch_norm = name.startswith(('projectors.1.', 'projectors.4.'))
+    if is_norm or is_batch_norm or parts[-1].endswith('bias') or parts[-1].startswith('gamma'):
         return 1
-    if name.startswith(('projectors.1.', 'projectors.4.')):
-        return 1  # its batch norms
-    return (
-        4 if 'patch_embed' in parts else 3 if parts[-1].endswith('token') or parts[-1] == 'pos_embed' else 2
-    )
+    if 'patch_embed' in parts:
+        return 4
+    if parts[-1].endswith('token') or parts[-1] == 'pos_embed':
+        return 3
+    return 2
 
 
 def table(module, **options):
-    "name -> (weight decay, share of the learning rate)"
+    "name -> (weight decay, learning rate factor)"
     names = {p: name for name, p in module.named_parameters()}
-    return {
-        names[p]: (g['weight_decay'], g.get('lr_scale', 1.0))
-        for g in decay_groups(module, 0.05, **options)
-        for p in g['params']
-    }
+    found = {}
+    for group in decay_groups(module, 0.05, **options):
+        for p in group['params']:
+            found[names[p]] = (group['weight_decay'], group.get('lr_scale', 1.0))
+    return found
 
 
-def theirs(golden, name):
-    "The same from the golden file, whose two halves are written in two forms."
-    found = golden('param_groups.json')[name]
-    if 'params' in next(iter(found.values())):
-        return {n: (g['weight_decay'], g['lr_scale']) for g in found.values() for n in g['params']}
-    return {n: (v['weight_decay'], v['lr_scale']) for n, v in found.items()}
+def of_release(golden, name):
+    "The same from the golden file, whose two halves have different forms."
+    groups = golden('param_groups.json')[name].items()
+    found = {}
+    for key, group in groups:
+        for parameter in group.get('params', [key]):
+            found[parameter] = (group['weight_decay'], group['lr_scale'])
+    return found
 
 
 @pytest.mark.parametrize(
     'name, no_decay',
     [
-        ('conmim_pretrain', SPARED),
-        ('conmim_pretrain_abs_pos', SPARED),
-        ('semanticmim_beit_pretrain', SPARED),
+        ('conmim_pretrain', NO_DECAY),
+        ('conmim_pretrain_abs_pos', NO_DECAY),
+        ('semanticmim_beit_pretrain', NO_DECAY),
         ('semanticmim_maskfeat_pretrain', ('mask_token',)),
     ],
 )
 def test_pretraining_groups(golden, name, no_decay):
-    expected = theirs(golden, name)
-    assert table(Named(expected), no_decay=no_decay) == expected
+    expected = of_release(golden, name)
+    assert table(NamedParameters(expected), no_decay=no_decay) == expected
 
 
 @pytest.mark.parametrize(
-    'name, decay',
+    'name, layer_decay',
     [
         ('finetune_vit_b_0.65', 0.65),
         ('finetune_vit_s_0.8', 0.8),
@@ -87,35 +85,37 @@ def test_pretraining_groups(golden, name, no_decay):
         ('semanticmim_maskfeat_finetune', 0.65),
     ],
 )
-def test_finetuning_groups(golden, name, decay):
-    expected = theirs(golden, name)
-    ours = table(Named(expected), no_decay=SPARED, layer_decay=decay)
-    assert {n: weight_decay for n, (weight_decay, _) in ours.items()} == {
-        n: weight_decay for n, (weight_decay, _) in expected.items()
-    }
-    for parameter, (_, scale) in expected.items():
-        assert abs(ours[parameter][1] - scale) < 6e-11, parameter  # the file has ten decimals
+def test_finetuning_groups(golden, name, layer_decay):
+    expected = of_release(golden, name)
+    ours = table(NamedParameters(expected), no_decay=NO_DECAY, layer_decay=layer_decay)
+    assert ours.keys() == expected.keys()
+    for parameter, (weight_decay, factor) in expected.items():
+        assert ours[parameter][0] == weight_decay, parameter
+        assert abs(ours[parameter][1] - factor) < 6e-11, parameter  # the file has ten decimals
 
 
-def test_layers_of_a_real_encoder(golden):
-    "timm's own twelve blocks, inside a task with a head, have the layers of the release."
+class Classifier(nn.Module):
+    "An encoder of twelve blocks and a linear head."
 
-    class Task(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder = VisionTransformer(
-                img_size=32,
-                patch_size=8,
-                embed_dim=24,
-                depth=12,
-                num_heads=2,
-                reg_tokens=7,
-                num_classes=0,
-                global_pool='avg',
-            )
-            self.head = nn.Linear(24, 5)
+    def __init__(self):
+        super().__init__()
+        self.encoder = VisionTransformer(
+            img_size=32,
+            patch_size=8,
+            embed_dim=24,
+            depth=12,
+            num_heads=2,
+            reg_tokens=7,
+            num_classes=0,
+            global_pool='avg',
+        )
+        self.head = nn.Linear(24, 5)
 
-    expected, layers = golden('param_groups.json')['layer_id_of'], layer_of(Task())
+
+def test_layers_of_a_timm_encoder(golden):
+    "timm's twelve blocks, inside a task with a head, have the layers of the release."
+    expected = golden('param_groups.json')['layer_id_of']
+    layers = layer_of(Classifier())
     for name in (
         'cls_token',
         'pos_embed',
@@ -130,28 +130,55 @@ def test_layers_of_a_real_encoder(golden):
 
 def test_frozen_parameters_are_in_no_group():
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
-    assert sum(len(g['params']) for g in decay_groups(module, 0.05)) == 2
+    assert sum(len(group['params']) for group in decay_groups(module, 0.05)) == 2
 
 
-def test_no_encoder_no_layers():
+def test_layer_decay_needs_an_encoder():
     with pytest.raises(StudyError, match='Linear holds no encoder'):
         decay_groups(nn.Linear(2, 2), 0.05, layer_decay=0.65)
 
 
-def test_fused_adamw_is_adamw():
-    "Ten steps of the optimiser equal ten steps of the textbook's equations in float64."
+def test_adamw_against_its_equations():
+    "Ten steps of the fused optimiser equal ten steps of the equations in float64."
     torch.manual_seed(0)
-    recipe = Recipe(betas=(0.9, 0.98), lr=1e-2)
-    line = nn.Linear(4, 3)
-    w, x = line.weight.detach().double().clone(), torch.randn(8, 4)
-    m, v, optimiser = torch.zeros_like(w), torch.zeros_like(w), build_optimiser(line, recipe)
+    optim = OptimConfig(betas=(0.9, 0.98), lr=1e-2)
+    linear = nn.Linear(4, 3)
+    x = torch.randn(8, 4)
+    optimiser = build_optimiser(linear, optim)
+    weight = linear.weight.detach().double().clone()
+    mean = torch.zeros_like(weight)
+    square = torch.zeros_like(weight)
     for step in range(1, 11):
         optimiser.zero_grad()
-        line(x).square().sum().backward()
-        g = line.weight.grad.double()
-        m, v = 0.9 * m + 0.1 * g, 0.98 * v + 0.02 * g * g
-        w = w * (1 - recipe.lr * recipe.weight_decay) - recipe.lr * (m / (1 - 0.9**step)) / (
-            (v / (1 - 0.98**step)).sqrt() + recipe.eps
-        )
+        linear(x).square().sum().backward()
+        gradient = linear.weight.grad.double()
+        mean = 0.9 * mean + 0.1 * gradient
+        square = 0.98 * square + 0.02 * gradient**2
+        direction = (mean / (1 - 0.9**step)) / ((square / (1 - 0.98**step)).sqrt() + optim.eps)
+        weight = weight * (1 - optim.lr * optim.weight_decay) - optim.lr * direction
         optimiser.step()
-        assert (line.weight.double() - w).abs().max() < 1e-6
+        assert (linear.weight.double() - weight).abs().max() < 1e-6
+
+
+def test_sgd_against_its_equations():
+    optim = OptimConfig(optimiser='sgd', lr=0.1, weight_decay=0.0)
+    linear = nn.Linear(4, 3)
+    weight = linear.weight.detach().clone()
+    optimiser = build_optimiser(linear, optim)
+    velocity = torch.zeros_like(weight)
+    for _ in range(3):
+        optimiser.zero_grad()
+        linear(torch.ones(1, 4)).square().sum().backward()
+        velocity = 0.9 * velocity + linear.weight.grad
+        weight = weight - 0.1 * velocity
+        optimiser.step()
+        torch.testing.assert_close(linear.weight.detach(), weight)
+
+
+def test_clip_each_tensor():
+    parameters = [nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(i))) for i in range(3)]
+    for scale, p in zip((0.01, 1.0, 10.0), parameters[:2]):
+        p.grad = scale * torch.ones(5)
+    clip_each(parameters, 0.5)  # the last one has no gradient
+    norms = [p.grad.norm().item() for p in parameters[:2]]
+    assert norms == pytest.approx([0.01 * 5**0.5, 0.5], rel=1e-5) and parameters[2].grad is None

@@ -1,4 +1,4 @@
-"A training that is killed and started again ends with the rows and the weights of one that was not, bit for bit."
+"A training that is killed and resumed has the same rows and weights as an undisturbed one, bit for bit."
 
 import os
 import shutil
@@ -12,87 +12,93 @@ import pytest
 import small_training
 import torch
 from safetensors.torch import load_file
-from small_training import RECIPE, Small, make_batch, images
+from small_training import CONFIG, SmallTask, make_batch, training_images, with_optim
 
-import mimstudy.engine.train as engine
+import mimstudy.engine.train as train_module
 from mimstudy.core.errors import StudyError
-from mimstudy.engine.checkpoint import is_finished, load_checkpoint, is_resumable, save_checkpoint
+from mimstudy.engine.checkpoint import is_finished, is_resumable, load_checkpoint, save_checkpoint
 from mimstudy.engine.train import train
 
-STEPS, COLUMNS = 50, ['step', 'epoch', 'loss', 'spread', 'grad_norm', 'lr']
+STEPS = 50
+COLUMNS = ['step', 'epoch', 'loss', 'std', 'grad_norm', 'lr']
 
 
-def start(folder, step_seconds=0.02, checkpoint_seconds=0.05):
-    "The training as a process of its own."
+def run(out=None, task=None, batch_function=make_batch, config=CONFIG, seed=3, **options):
+    "Train the small task in this process."
+    task = task or SmallTask()
+    return train(task, training_images(), batch_function, config, out, seed, device='cpu', **options)
+
+
+def start(folder, step_seconds=0.02, checkpoint_seconds=0.05, steps_per_row=1):
+    "Train the small task in a process of its own."
     env = os.environ | dict(
         MIMSTUDY_CHECKPOINT_SECONDS=str(checkpoint_seconds), MIMSTUDY_PROGRESS='lines', OMP_NUM_THREADS='1'
     )
-    return subprocess.Popen(
-        [sys.executable, small_training.__file__, str(folder), str(step_seconds)],
-        env=env,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, small_training.__file__, str(folder), str(step_seconds), str(steps_per_row)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
 
 def rows(folder):
-    return (
-        len(pd.read_csv(folder / 'log.csv'))
-        if (folder / 'log.csv').is_file() and (folder / 'log.csv').stat().st_size
-        else 0
-    )
+    file = folder / 'log.csv'
+    return len(pd.read_csv(file)) if file.is_file() and file.stat().st_size else 0
 
 
-def wait_for(folder, wanted, process):
-    "Until the process has written `wanted` rows and a checkpoint."
-    until = time.monotonic() + 120
-    while rows(folder) < wanted or not (folder / 'checkpoint.pt').is_file():
-        assert process.poll() is None and time.monotonic() < until, (
-            'the training ended too early, or never began'
-        )
+def wait_for_rows(folder, wanted, process, checkpoint=True):
+    "Wait until the process has written `wanted` rows and a checkpoint."
+    deadline = time.monotonic() + 120
+    while rows(folder) < wanted or (checkpoint and not (folder / 'checkpoint.pt').is_file()):
+        assert process.poll() is None and time.monotonic() < deadline, 'the training ended or did not start'
         time.sleep(0.005)
 
 
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp('undisturbed') / 'run'
-    return train(Small(), images(), make_batch, RECIPE, folder, seed=3, device='cpu'), folder
+    return run(folder), folder
 
 
-def same(folder, undisturbed):
+def assert_same(folder, undisturbed):
     "Rows and weights of a folder equal those of the undisturbed training."
-    ours, theirs = pd.read_csv(folder / 'log.csv'), pd.read_csv(undisturbed[1] / 'log.csv')
-    pd.testing.assert_frame_equal(ours[COLUMNS], theirs[COLUMNS], check_exact=True)
-    ours, theirs = (load_file(f / 'task.safetensors') for f in (folder, undisturbed[1]))
-    assert ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in theirs)
+    ours = pd.read_csv(folder / 'log.csv')
+    expected = pd.read_csv(undisturbed[1] / 'log.csv')
+    pd.testing.assert_frame_equal(ours[COLUMNS], expected[COLUMNS], check_exact=True)
+    ours = load_file(folder / 'task.safetensors')
+    expected = load_file(undisturbed[1] / 'task.safetensors')
+    assert ours.keys() == expected.keys() and all(ours[k].equal(expected[k]) for k in expected)
+
+
+def assert_same_weights(a, b):
+    expected = b.task.state_dict()
+    assert all(value.equal(expected[name]) for name, value in a.task.state_dict().items())
+
+
+# -- killed processes ----------------------------------------------------------------------------------------
 
 
 def test_killed_and_resumed(tmp_path, undisturbed):
-    "SIGKILL in the middle, then the same again in this process."
+    "SIGKILL in the middle, then the same training again in this process."
     folder = tmp_path / 'run'
     process = start(folder)
-    wait_for(folder, 20, process)
+    wait_for_rows(folder, 20, process)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and is_resumable(folder) and not is_finished(folder)
-    again = train(Small(), images(), make_batch, RECIPE, folder, seed=3, device='cpu')
-    assert 0 < again.resumed_from < STEPS and again.steps == STEPS == len(again.history)
-    same(folder, undisturbed)
-    weights = undisturbed[0].task.state_dict()
-    assert all(v.equal(weights[k]) for k, v in again.task.state_dict().items())
+    resumed = run(folder)
+    assert 0 < resumed.resumed_from < STEPS and resumed.steps == STEPS == len(resumed.history)
+    assert_same(folder, undisturbed)
+    assert_same_weights(resumed, undisturbed[0])
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(tmp_path, undisturbed):
-    "The same command, killed at five different moments, comes to the same end."
+def test_killed_five_times(tmp_path, undisturbed):
     folder = tmp_path / 'run'
     for wanted in (3, 11, 12, 30, 47):
         process = start(folder, 0.05)
-        wait_for(folder, wanted, process)
+        wait_for_rows(folder, wanted, process)
         process.kill()
         process.wait()
     process = start(folder, 0.0)
     assert process.wait(300) == 0
-    same(folder, undisturbed)
+    assert_same(folder, undisturbed)
 
 
 @pytest.mark.slow
@@ -100,118 +106,141 @@ def test_killed_again_and_again(tmp_path, undisturbed):
     'number, code', [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, -signal.SIGINT)]
 )
 def test_signals_leave_a_checkpoint(tmp_path, undisturbed, number, code):
-    "SIGTERM and SIGINT write a checkpoint of the very step, say so, and end the process."
+    "SIGTERM and SIGINT write a checkpoint of the current step, print a line, and end the process."
     folder = tmp_path / 'run'
     process = start(folder, 0.05, checkpoint_seconds=1e6)
-    while rows(folder) < 10:
-        time.sleep(0.01)
+    wait_for_rows(folder, 10, process, checkpoint=False)
     assert not (folder / 'checkpoint.pt').exists()
     process.send_signal(number)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == code and 'stopped on request' in said
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == code and 'stopped on request' in output
     step = load_checkpoint(folder)['step']
     assert 10 <= step == rows(folder) < STEPS
-    assert train(Small(), images(), make_batch, RECIPE, folder, seed=3, device='cpu').resumed_from == step
-    same(folder, undisturbed)
+    assert run(folder).resumed_from == step
+    assert_same(folder, undisturbed)
+
+
+def test_a_signal_waits_for_the_end_of_the_row(tmp_path):
+    "With ten steps a row, a signal in between still leaves a checkpoint, at the end of the row."
+    process = start(tmp_path, 0.05, checkpoint_seconds=1e6, steps_per_row=10)
+    wait_for_rows(tmp_path, 1, process, checkpoint=False)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and 'stopped on request' in output
+    assert load_checkpoint(tmp_path)['step'] in (10, 20, 30) and is_resumable(tmp_path)
 
 
 @pytest.mark.slow
-def test_two_at_once(tmp_path, undisturbed):
-    "Two processes, one folder: the second waits, finds the work done, and both end well."
+def test_two_processes_in_one_folder(tmp_path, undisturbed):
+    "The second process waits, finds the training finished, and both end without an error."
     folder = tmp_path / 'run'
     both = [start(folder, 0.05) for _ in range(2)]
-    said = [process.communicate(timeout=300)[0] for process in both]
+    outputs = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert sum('another run is at work here' in text for text in said) == 1
-    same(folder, undisturbed)
+    assert sum('another run is at work here' in output for output in outputs) == 1
+    assert_same(folder, undisturbed)
 
 
-def test_a_step_within_a_row_is_not_lost(tmp_path, monkeypatch):
-    "Rows of several steps: a crash inside a row resumes at the row's beginning, and the rows are the same."
-    monkeypatch.setattr(engine, 'log_interval', lambda steps: 4)
+# -- errors in a training ------------------------------------------------------------------------------------
 
-    def crashing(x, labels, generator):
-        if len(task.calls) == 22:
+
+def test_an_error_within_a_row(tmp_path, monkeypatch):
+    "With several steps a row, a resume begins at the start of the row, and the rows are the same."
+    monkeypatch.setattr(train_module, 'log_interval', lambda steps: 4)
+    task = SmallTask()
+
+    def fails_at_step_23(x, labels, generator):
+        if len(task.progress_values) == 22:
             raise EOFError
         return make_batch(x, labels, generator)
 
-    task = Small()
     with pytest.raises(EOFError):
-        train(task, images(), crashing, RECIPE, tmp_path, device='cpu', checkpoint_seconds=0)
-    again, whole = (
-        train(Small(), images(), make_batch, RECIPE, out, device='cpu') for out in (tmp_path, None)
-    )
-    assert again.resumed_from == 20 and again.history.step.tolist() == [*range(4, 50, 4), 50]
-    pd.testing.assert_frame_equal(again.history[COLUMNS], whole.history[COLUMNS], check_exact=True)
-    assert all(v.equal(whole.task.state_dict()[k]) for k, v in again.task.state_dict().items())
+        run(tmp_path, task, fails_at_step_23, checkpoint_seconds=0)
+    resumed = run(tmp_path)
+    whole = run()
+    assert resumed.resumed_from == 20 and resumed.history.step.tolist() == [*range(4, 50, 4), 50]
+    pd.testing.assert_frame_equal(resumed.history[COLUMNS], whole.history[COLUMNS], check_exact=True)
+    assert_same_weights(resumed, whole)
 
 
 def test_full_disk(tmp_path, undisturbed, monkeypatch):
-    "No room for a checkpoint: one line, the last checkpoint untouched, no remains; with room again it goes on."
-    folder, room = tmp_path / 'run', torch.save
+    "Without space for a checkpoint the last one is kept; with space again the training continues."
+    folder = tmp_path / 'run'
+    torch_save = torch.save
 
-    def full(state, file, *args, **kwargs):
+    def full(state, file, *args, **options):
         if state['step'] < 20:
-            return room(state, file, *args, **kwargs)
+            return torch_save(state, file, *args, **options)
         file.write(b'the first part of it')
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(torch, 'save', full)
-    with pytest.raises(StudyError, match='No space left on device; the last checkpoint is untouched') as e:
-        train(Small(), images(), make_batch, RECIPE, folder, seed=3, device='cpu', checkpoint_seconds=0)
-    assert '\n' not in str(e.value) and load_checkpoint(folder)['step'] == 19
+    with pytest.raises(
+        StudyError, match='No space left on device; the last checkpoint is untouched'
+    ) as error:
+        run(folder, checkpoint_seconds=0)
+    assert '\n' not in str(error.value) and load_checkpoint(folder)['step'] == 19
     assert not list(folder.glob('*.part'))
     monkeypatch.undo()
-    assert train(Small(), images(), make_batch, RECIPE, folder, seed=3, device='cpu').resumed_from == 19
-    same(folder, undisturbed)
+    assert run(folder).resumed_from == 19
+    assert_same(folder, undisturbed)
 
 
-def test_not_finite(tmp_path):
-    "The step is named, and the checkpoint before it survives."
+def test_loss_that_is_not_finite(tmp_path):
+    "The step is named, and the checkpoint before it is kept."
+    task = SmallTask()
 
-    def poisoned(x, labels, generator):
+    def nan_at_step_13(x, labels, generator):
         batch = make_batch(x, labels, generator)
-        return batch._replace(views=[batch.views[0] * float('nan')]) if len(task.calls) == 12 else batch
+        if len(task.progress_values) == 12:
+            return batch._replace(views=[batch.views[0] * float('nan')])
+        return batch
 
-    task = Small()
     with pytest.raises(StudyError, match='small: the loss of step 13 of 50 is not finite'):
-        train(task, images(), poisoned, RECIPE, tmp_path, device='cpu', checkpoint_seconds=0)
+        run(tmp_path, task, nan_at_step_13, checkpoint_seconds=0)
     saved = load_checkpoint(tmp_path)
-    assert saved['step'] == 12 and all(v.isfinite().all() for v in saved['task'].values())
+    assert saved['step'] == 12 and all(value.isfinite().all() for value in saved['task'].values())
+
+
+# -- folders of other trainings, and damaged ones ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    'change, said',
+    'change, message',
     [
-        (dict(recipe=RECIPE.but(lr=2e-2)), 'lr is 0.01 there and 0.02 here'),
+        (dict(config=with_optim(lr=2e-2)), 'optim.lr is 0.01 there and 0.02 here'),
         (dict(seed=4), 'seed is 3 there and 4 here'),
-        (dict(images=images(50)), 'images is 42 there and 50 here'),
+        (dict(images=training_images(50)), 'images is 42 there and 50 here'),
     ],
 )
-@pytest.mark.parametrize('done', [True, False])
-def test_another_training_is_refused(tmp_path, undisturbed, change, said, done):
+@pytest.mark.parametrize('finished', [True, False])
+def test_another_training_is_refused(tmp_path, undisturbed, change, message, finished):
     "Both a checkpoint and a finished training name what differs."
-    ours = dict(recipe=RECIPE, seed=3, images=images()) | change
+    ours = dict(config=CONFIG, seed=3, images=training_images()) | change
     folder = undisturbed[1]
-    if not done:
+    if not finished:
         folder = tmp_path
-        (folder / 'checkpoint.pt').write_bytes((undisturbed[1] / 'checkpoint.pt').read_bytes())
-    with pytest.raises(StudyError, match=said) as e:
-        train(Small(), ours['images'], make_batch, ours['recipe'], folder, ours['seed'], device='cpu')
-    assert '\n' not in str(e.value)
+        shutil.copy(undisturbed[1] / 'checkpoint.pt', folder)
+    with pytest.raises(StudyError, match=message) as error:
+        train(SmallTask(), ours['images'], make_batch, ours['config'], folder, ours['seed'], device='cpu')
+    assert '\n' not in str(error.value)
+
+
+def test_another_name_is_not_another_training(undisturbed):
+    assert run(undisturbed[1], config=CONFIG.but(name='renamed')).resumed_from == STEPS
 
 
 def test_another_task_is_refused(tmp_path, undisturbed):
-    class Wider(Small):
+    class Wider(SmallTask):
         def __init__(self):
             super().__init__()
             self.more = torch.nn.Linear(2, 2)
 
-    (tmp_path / 'checkpoint.pt').write_bytes((undisturbed[1] / 'checkpoint.pt').read_bytes())
+    shutil.copy(undisturbed[1] / 'checkpoint.pt', tmp_path)
     with pytest.raises(StudyError, match='does not fit the task: Missing key.*more.weight'):
-        train(Wider(), images(), make_batch, RECIPE, tmp_path, 3, device='cpu')
+        run(tmp_path, Wider())
     with pytest.raises(StudyError, match='do not fit the task'):
-        train(Wider(), images(), make_batch, RECIPE, undisturbed[1], 3, device='cpu')
+        run(undisturbed[1], Wider())
 
 
 def test_damaged_checkpoint(tmp_path):
@@ -224,60 +253,59 @@ def test_damaged_checkpoint(tmp_path):
 def test_a_checkpoint_of_something_else(tmp_path, undisturbed):
     whole = load_checkpoint(undisturbed[1])
     wrong_optimiser = whole | {'optimiser': {'state': {}, 'param_groups': []}}
-    for state, said in (
+    for state, message in (
         ([1, 2], 'is no checkpoint of a training'),
         ({'model': torch.ones(2)}, 'has no identity'),
-        (whole | {'identity': {}}, 'does not say its images'),
+        (whole | {'identity': {}}, 'does not say its config'),
         (wrong_optimiser, 'does not fit the task: .*group'),
         (whole | {'processes': 2}, 'was begun by 2 processes'),
     ):
         torch.save(state, tmp_path / 'checkpoint.pt')
-        with pytest.raises(StudyError, match=said) as e:
-            train(Small(), images(), make_batch, RECIPE, tmp_path, 3, device='cpu')
-        assert '\n' not in str(e.value)
+        with pytest.raises(StudyError, match=message) as error:
+            run(tmp_path)
+        assert '\n' not in str(error.value)
 
 
-def test_the_rest_of_a_torn_checkpoint_is_swept(tmp_path):
+def test_unfinished_temporary_files_are_removed(tmp_path):
     (tmp_path / '.checkpoint.pt.abc.part').write_bytes(b'half')
     save_checkpoint(tmp_path, {})
-    assert [f.name for f in tmp_path.iterdir()] == ['checkpoint.pt']
+    assert [file.name for file in tmp_path.iterdir()] == ['checkpoint.pt']
 
 
 def test_a_finished_training_without_its_log(tmp_path, undisturbed):
-    shutil.copytree(undisturbed[1], tmp_path / 'run')
-    (tmp_path / 'run' / 'log.csv').unlink()
-    again = train(Small(), images(), make_batch, RECIPE, tmp_path / 'run', 3, device='cpu')
+    folder = tmp_path / 'run'
+    shutil.copytree(undisturbed[1], folder)
+    (folder / 'log.csv').unlink()
+    again = run(folder)
     assert again.history.empty and again.resumed_from == again.steps
-    (tmp_path / 'run' / 'done.json').write_text('{"steps": 3}')
-    with pytest.raises(StudyError, match='does not say its images'):
-        train(Small(), images(), make_batch, RECIPE, tmp_path / 'run', 3, device='cpu')
+    (folder / 'done.json').write_text('{"steps": 3}')
+    with pytest.raises(StudyError, match='does not say its config'):
+        run(folder)
 
 
 def test_checkpoints_hold_no_code(undisturbed):
-    "Read with weights_only, and nothing in it but tensors and plain values."
+    "Read with weights_only, a checkpoint holds nothing but tensors and plain values."
 
-    def kinds(value):
+    def types(value):
         if isinstance(value, dict):
-            return set().union(*map(kinds, value.values())) if value else set()
+            value = list(value.values())
         if isinstance(value, (list, tuple)):
-            return set().union(*map(kinds, value)) if value else set()
+            return set().union(*map(types, value))
         return {type(value)}
 
-    assert kinds(load_checkpoint(undisturbed[1])) <= {torch.Tensor, int, float, str, bool, type(None)}
+    assert types(load_checkpoint(undisturbed[1])) <= {torch.Tensor, int, float, str, bool, type(None)}
 
 
-def test_finished_is_finished(undisturbed):
-    "A finished folder asks for no batch, and gives back what the training gave."
+def test_a_finished_training_is_not_repeated(undisturbed):
+    "A finished folder asks for no batch, and returns what the training returned."
 
-    def nobody(*_):
+    def never_called(*_):
         raise AssertionError('a finished training asked for a batch')
 
-    again = train(Small(seed=99), images(), nobody, RECIPE, undisturbed[1], seed=3, device='cpu')
+    again = run(undisturbed[1], SmallTask(seed=99), never_called)
+    first = undisturbed[0]
     assert again.resumed_from == again.steps == STEPS and is_finished(undisturbed[1])
-    assert all(v.equal(undisturbed[0].task.state_dict()[k]) for k, v in again.task.state_dict().items())
-    pd.testing.assert_frame_equal(again.history, undisturbed[0].history)
-    assert (again.seconds, again.images_per_second, again.peak_memory) == (
-        undisturbed[0].seconds,
-        undisturbed[0].images_per_second,
-        undisturbed[0].peak_memory,
-    )
+    assert_same_weights(again, first)
+    pd.testing.assert_frame_equal(again.history, first.history)
+    for name in ('seconds', 'images_per_second', 'peak_memory'):
+        assert getattr(again, name) == getattr(first, name)

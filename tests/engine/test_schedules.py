@@ -1,10 +1,10 @@
-"Schedules against the values of both releases, to 1e-12, and their closed form."
+"Schedules: the values of both releases to 1e-12, and properties of the closed form."
 
 import numpy as np
 import pytest
 import torch
 
-from mimstudy.engine.config import Recipe
+from mimstudy.engine.config import OptimConfig
 from mimstudy.engine.schedules import cosine, cosine_at, decay_at, layer_scales, learning_rate
 
 
@@ -13,8 +13,8 @@ def curves(golden):
     return {name: values.numpy() for name, values in golden('schedules').items()}
 
 
-def same(ours, theirs):
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
+def assert_close(ours, expected):
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def same(ours, theirs):
     ],
 )
 def test_whole_curves(curves, name, ours):
-    same(cosine(**ours), curves[name])
+    assert_close(cosine(**ours), curves[name])
 
 
 @pytest.mark.parametrize(
@@ -51,14 +51,14 @@ def test_whole_curves(curves, name, ours):
     ],
 )
 def test_paper_length(curves, name, index, ours):
-    same(cosine_at(curves[index], **ours), curves[name])
+    assert_close(cosine_at(curves[index], **ours), curves[name])
 
 
 @pytest.mark.parametrize(
     'name, decay', [('finetune.layer_scale.vit_b_0.65', 0.65), ('finetune.layer_scale.vit_s_0.8', 0.8)]
 )
 def test_layer_scales(curves, name, decay):
-    same(layer_scales(12, decay), curves[name])
+    assert_close(layer_scales(12, decay), curves[name])
 
 
 @pytest.mark.parametrize(
@@ -81,15 +81,29 @@ def test_layer_scales(curves, name, decay):
         ),
     ],
 )
-def test_learning_rate_of_a_recipe(curves, change, name, index):
-    recipe = Recipe().but(**change)
-    same([learning_rate(recipe, int(step), 625) for step in curves[index]], curves[name])
+def test_learning_rate(curves, change, name, index):
+    optim = OptimConfig(**change)
+    assert_close([learning_rate(optim, int(step), 625) for step in curves[index]], curves[name])
 
 
-def test_weight_decay_of_a_recipe(golden):
-    recipe = Recipe(epochs=4, weight_decay=0.04, weight_decay_end=0.4, warmup=1)
-    same([decay_at(recipe, step, 3) for step in range(12)], golden('dino')['wd_e4_n3'].numpy())
-    assert {decay_at(recipe.but(weight_decay_end=None), step, 3) for step in range(12)} == {0.04}
+def test_weight_decay(golden):
+    optim = OptimConfig(epochs=4, weight_decay=0.04, weight_decay_end=0.4, warmup=1)
+    assert_close([decay_at(optim, step, 3) for step in range(12)], golden('dino')['wd_e4_n3'].numpy())
+    assert {decay_at(optim.but(weight_decay_end=None), step, 3) for step in range(12)} == {0.04}
+
+
+def test_linear_schedule():
+    optim = OptimConfig(epochs=4, lr=1.0, min_lr=0.2, warmup=1, schedule='linear')
+    rates = [learning_rate(optim, step, 5) for step in range(20)]
+    assert rates[:5] == [0.0, 0.25, 0.5, 0.75, 1.0] and rates[5] == 1.0
+    assert_close(np.diff(rates[5:]), np.full(14, -0.8 / 15))
+
+
+def test_steps_divide_by_ten():
+    optim = OptimConfig(epochs=6, lr=1.0, min_lr=0.0, warmup=0, schedule='steps', step_epochs=2.0)
+    assert_close(
+        [learning_rate(optim, step, 3) for step in (0, 5, 6, 11, 12, 17)], [1, 1, 0.1, 0.1, 0.01, 0.01]
+    )
 
 
 def test_one_step_equals_the_array():
@@ -108,6 +122,5 @@ def test_short_warmups(warmup, first):
 def test_progress_is_step_over_steps(curves):
     "A function of progress with progress = step/steps is the per-step momentum of the release."
     progress = torch.arange(35, dtype=torch.float64) / 35
-    same(
-        (1 - (1 - 0.996) * (1 + torch.cos(torch.pi * progress)) / 2).numpy(), curves['conmim.momentum_e5_n7']
-    )
+    momentum = 1 - (1 - 0.996) * (1 + torch.cos(torch.pi * progress)) / 2
+    assert_close(momentum.numpy(), curves['conmim.momentum_e5_n7'])

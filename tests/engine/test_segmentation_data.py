@@ -1,4 +1,4 @@
-"Image sets with label maps: two layouts, one square, undecided pixels, and files that are not what they should be."
+"Segmentation datasets: two layouts, resizing, ignored pixels, and files that are not what they should be."
 
 import warnings
 
@@ -6,36 +6,40 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from mimstudy.core.errors import StudyError
 from mimstudy.core.scenes import REGIONS, scenes
-from mimstudy.engine import segmentation_data as room
+from mimstudy.engine import segmentation_data
+from mimstudy.engine.datasets import InMemoryDataset
 from mimstudy.engine.image_folder import decode_image
 from mimstudy.engine.segmentation_data import (
-    IGNORE_LABEL,
-    VOC_CLASSES,
     SegmentationDataset,
-    find_layout,
     decode_pairs,
-    list_pairs,
     load_segmentation_dataset,
-    read_classes,
     read_label_map,
     read_pair,
 )
-from mimstudy.engine.datasets import InMemoryDataset
+from mimstudy.engine.segmentation_files import (
+    IGNORE_LABEL,
+    VOC_CLASSES,
+    find_layout,
+    list_pairs,
+    read_classes,
+)
 
-N, K = 6, len(REGIONS)
+N = 6  # images
+C = len(REGIONS)  # classes
 
 
-def truth(side=32):
-    "Images (N,3,S,S) and maps (N,S,S) with undecided pixels."
+def example(side=32):
+    "Images (N,3,S,S) and label maps (N,S,S) with ignored pixels."
     world = scenes(N, side)
     maps = world.maps.clone()
     maps[:, ::5, 3] = IGNORE_LABEL
     return world.images, maps
 
 
-def put(array, file, palette=False):
+def save(array, file, palette=False):
     file.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(np.asarray(array))
     if palette:
@@ -43,267 +47,287 @@ def put(array, file, palette=False):
     image.save(file)
 
 
-def as_voc(root, side=32, classes=True):
-    for i, (image, ids) in enumerate(zip(*truth(side))):
-        put(image.permute(1, 2, 0), root / 'JPEGImages' / f'a.{i}.jpg')
-        put(ids, root / 'SegmentationClass' / f'a.{i}.png', palette=True)
+def make_voc(root, side=32, classes=True):
+    for i, (image, labels) in enumerate(zip(*example(side))):
+        save(image.permute(1, 2, 0), root / 'JPEGImages' / f'a.{i}.jpg')
+        save(labels, root / 'SegmentationClass' / f'a.{i}.png', palette=True)
     lists = root / 'ImageSets' / 'Segmentation'
     lists.mkdir(parents=True)
     (lists / 'train.txt').write_text(''.join(f'a.{i}\n' for i in (4, 0, 2, 1)))
     (lists / 'val.txt').write_text('a.3\na.5')
     (lists / 'nobody.txt').write_text('\n\n')
     if classes:
-        (root / 'classes.txt').write_text(
-            ''.join(f'{k}\t{name}\t1,2,3\n' for k, name in enumerate(REGIONS)) + '255\tvoid (ignore)\t0,0,0\n'
-        )
+        lines = [f'{k}\t{name}\t1,2,3\n' for k, name in enumerate(REGIONS)]
+        (root / 'classes.txt').write_text(''.join(lines) + '255\tvoid (ignore)\t0,0,0\n')
     return root
 
 
-def as_ade(root, side=32):
-    for i, (image, ids) in enumerate(zip(*truth(side))):
-        part = 'training' if i < 4 else 'validation'
-        put(image.permute(1, 2, 0), root / 'images' / part / f'{i}.png')
-        put(ids + 1, root / 'annotations' / part / f'{i}.png')  # 255 + 1 is 0
-    (root / 'objectInfo150.txt').write_text(
-        'Idx\tRatio\tTrain\tVal\tName\n'
-        + ''.join(f'{k}\t.1\t5\t5\t{n}, other\n' for k, n in enumerate(REGIONS, 1))
-    )
+def make_ade(root, side=32):
+    for i, (image, labels) in enumerate(zip(*example(side))):
+        split = 'training' if i < 4 else 'validation'
+        save(image.permute(1, 2, 0), root / 'images' / split / f'{i}.png')
+        save(labels + 1, root / 'annotations' / split / f'{i}.png')  # 255 + 1 is 0 in bytes
+    lines = [f'{k}\t.1\t5\t5\t{name}, other\n' for k, name in enumerate(REGIONS, 1)]
+    (root / 'objectInfo150.txt').write_text('Idx\tRatio\tTrain\tVal\tName\n' + ''.join(lines))
     return root
 
 
 @pytest.fixture(autouse=True)
-def private(request, tmp_path, monkeypatch):
-    "The data folder of each test is its own."
+def own_folders(request, tmp_path, monkeypatch):
+    "Each test has its own data folder."
     (tmp_path / 'data').mkdir()
     if 'real_data' not in request.fixturenames:
         monkeypatch.setenv('MIMSTUDY_DATA', str(tmp_path / 'data'))
 
 
-def refused(call, *args, **kwargs):
-    "The one line with which a call is refused."
-    with pytest.raises(StudyError) as e:
-        call(*args, **kwargs)
-    assert '\n' not in str(e.value)
-    return str(e.value)
+def refusal(call, *args, **options):
+    "The message of the `StudyError` that a call raises; it is one line."
+    with pytest.raises(StudyError) as error:
+        call(*args, **options)
+    assert '\n' not in str(error.value)
+    return str(error.value)
 
 
-def quiet(call, *args, **kwargs):
+def with_warnings(call, *args, **options):
+    "What a call returns, and the messages of its warnings."
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        return call(*args, **kwargs), [str(w.message) for w in caught]
+        return call(*args, **options), [str(w.message) for w in caught]
 
 
-# --- layouts
+def all_batches(dataset, sampler, workers):
+    return list(dataset.batches(sampler, workers))
+
+
+# -- layouts -------------------------------------------------------------------------------------------------
 
 
 def test_voc_round_trip(tmp_path):
-    files, (_, maps) = list_pairs(as_voc(tmp_path / 'voc'), 'train'), truth()
-    held = decode_pairs(files, 32, strict=True)
+    files = list_pairs(make_voc(tmp_path / 'voc'), 'train')
+    _, maps = example()
+    dataset = decode_pairs(files, 32, strict=True)
     assert [f.name for f in files.images] == ['a.4.jpg', 'a.0.jpg', 'a.2.jpg', 'a.1.jpg'] and files.shift == 0
-    assert held.classes == list(REGIONS) and held.labels.dtype == held.images.dtype == torch.uint8
-    assert held.labels.equal(maps[[4, 0, 2, 1]]) and (held.labels == IGNORE_LABEL).any()
-    for file, image in zip(files.images, held.images):
+    assert dataset.classes == list(REGIONS) and dataset.labels.dtype == dataset.images.dtype == torch.uint8
+    assert dataset.labels.equal(maps[[4, 0, 2, 1]]) and (dataset.labels == IGNORE_LABEL).any()
+    for file, image in zip(files.images, dataset.images):
         assert (np.array(decode_image(file)) == image.permute(1, 2, 0).numpy()).all()
 
 
-def test_ade_round_trip_and_shift(tmp_path):
-    files, (images, maps) = list_pairs(as_ade(tmp_path / 'ade'), 'train'), truth()
-    held = decode_pairs(files, 32, strict=True)
-    assert files.shift == 1 and held.classes == list(REGIONS)
-    assert held.labels.equal(maps[:4]) and held.images.equal(images[:4])
+def test_ade_round_trip(tmp_path):
+    files = list_pairs(make_ade(tmp_path / 'ade'), 'train')
+    images, maps = example()
+    dataset = decode_pairs(files, 32, strict=True)
+    assert files.shift == 1 and dataset.classes == list(REGIONS)
+    assert dataset.labels.equal(maps[:4]) and dataset.images.equal(images[:4])
     assert len(list_pairs(tmp_path / 'ade', 'val').maps) == 2
 
 
-@pytest.mark.parametrize('shift', [0, 1])
-def test_shift_against_a_table(tmp_path, shift):
-    put(np.array([[0, 1, 2, 150 - 1 + shift, 255]], np.uint8), tmp_path / 'm.png')
-    assert np.array(read_label_map(tmp_path / 'm.png', 150, shift)).tolist() == [
-        [0, 1, 2, 149, 255] if shift == 0 else [255, 0, 1, 149, 255]
-    ]
+@pytest.mark.parametrize('shift, expected', [(0, [0, 1, 2, 149, 255]), (1, [255, 0, 1, 149, 255])])
+def test_shift(tmp_path, shift, expected):
+    save(np.array([[0, 1, 2, 149 + shift, 255]], np.uint8), tmp_path / 'map.png')
+    assert np.array(read_label_map(tmp_path / 'map.png', 150, shift)).tolist() == [expected]
 
 
 def test_names_of_classes(tmp_path):
-    as_voc(tmp_path / 'voc', classes=False)
+    make_voc(tmp_path / 'voc', classes=False)
     assert list_pairs(tmp_path / 'voc', 'val').classes == list(VOC_CLASSES) and len(VOC_CLASSES) == 21
-    (as_ade(tmp_path / 'ade') / 'objectInfo150.txt').unlink()
+    (make_ade(tmp_path / 'ade') / 'objectInfo150.txt').unlink()
     assert len(set(list_pairs(tmp_path / 'ade', 'val').classes)) == 150
-    (file := tmp_path / 'classes.txt').write_text('0 traffic light 1, 2, 3\n\n1 road\n255 void')
+    file = tmp_path / 'classes.txt'
+    file.write_text('0 traffic light 1, 2, 3\n\n1 road\n255 void\n255 other')
     assert read_classes(file, 0) == ['traffic light', 'road']
-    for wrong in ('sky\nroad', '0 sky\n2 road', '1 sky', '0 sky\n0 road', '0\n1 road', ''):
-        file.write_text(wrong)
-        assert 'classes.txt should have lines "index name colour"' in refused(read_classes, file, 0)
+    file.write_text('1 road\n0 sky')
+    assert read_classes(file, 0) == ['sky', 'road']
 
 
-def test_layout_is_found_inside(tmp_path):
-    as_voc(tmp_path / 'data' / 'voc' / 'VOCdevkit' / 'VOC2012')
-    assert find_layout(tmp_path / 'data' / 'voc') == (
-        'voc',
-        tmp_path / 'data' / 'voc' / 'VOCdevkit' / 'VOC2012',
-    )
+@pytest.mark.parametrize('text', ['sky\nroad', '0 sky\n2 road', '1 sky', '0 sky\n0 road', '0\n1 road', ''])
+def test_lists_of_classes_that_are_refused(tmp_path, text):
+    file = tmp_path / 'classes.txt'
+    file.write_text(text)
+    assert 'classes.txt should have lines "index name colour"' in refusal(read_classes, file, 0)
+
+
+def test_the_layout_may_lie_deeper(tmp_path):
+    root = tmp_path / 'data' / 'voc'
+    make_voc(root / 'VOCdevkit' / 'VOC2012')
+    assert find_layout(root) == ('voc', root / 'VOCdevkit' / 'VOC2012')
     assert len(load_segmentation_dataset('voc', 'train', 16)) == 4
-    as_ade(tmp_path / 'data' / 'voc' / 'VOCdevkit' / 'ADE')
-    assert 'holds 2 sets: ADE, VOC2012' in refused(load_segmentation_dataset, 'voc', 'train', 16)
+    make_ade(root / 'VOCdevkit' / 'ADE')
+    assert 'holds 2 datasets: ADE, VOC2012' in refusal(load_segmentation_dataset, 'voc', 'train', 16)
 
 
-# --- geometry
+# -- resizing ------------------------------------------------------------------------------------------------
 
 
-def test_nearest_invents_no_class_and_image_stays_aligned(tmp_path):
+@pytest.mark.parametrize('side', [17, 32, 64, 201])
+def test_resizing_invents_no_class_and_keeps_the_image_aligned(tmp_path, side):
     image = np.zeros((40, 90, 3), np.uint8)
-    ids = np.full((40, 90), 7, np.uint8)
-    image[10:30, 45:], ids[10:30, 45:] = 255, 19
-    ids[:, 80:] = IGNORE_LABEL
-    put(image, tmp_path / 'x.png')
-    put(ids, tmp_path / 'y.png')
-    for side in (17, 32, 64, 201):
-        x, y = read_pair(tmp_path / 'x.png', tmp_path / 'y.png', side, K)
-        assert (
-            x.shape == (3, side, side)
-            and y.shape == (side, side)
-            and set(y.unique().tolist()) == {7, 19, IGNORE_LABEL}
-        )
-        known = y != IGNORE_LABEL
-        assert ((x[0] > 127) == (y == 19))[known].float().mean() > 0.9
-        assert abs((~known).float().mean() - 1 / 9) < 0.04
+    labels = np.full((40, 90), 7, np.uint8)
+    image[10:30, 45:] = 255
+    labels[10:30, 45:] = 19
+    labels[:, 80:] = IGNORE_LABEL
+    save(image, tmp_path / 'x.png')
+    save(labels, tmp_path / 'y.png')
+    x, y = read_pair(tmp_path / 'x.png', tmp_path / 'y.png', side, C)
+    assert x.shape == (3, side, side) and y.shape == (side, side)
+    assert set(y.unique().tolist()) == {7, 19, IGNORE_LABEL}
+    labelled = y != IGNORE_LABEL
+    assert ((x[0] > 127) == (y == 19))[labelled].float().mean() > 0.9
+    assert abs((~labelled).float().mean() - 1 / 9) < 0.04
 
 
-# --- memory and workers
+# -- memory and workers --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('layout', [as_voc, as_ade])
-def test_memory_and_workers_agree(tmp_path, monkeypatch, layout):
-    layout(tmp_path / 'data' / 'set', side=48)
-    held = load_segmentation_dataset('set', 'train', 32, strict=True)
-    monkeypatch.setattr(room, 'IN_MEMORY', 4 * 32 * 32 * 4 - 1)
+@pytest.mark.parametrize('make', [make_voc, make_ade])
+def test_memory_and_workers_agree(tmp_path, monkeypatch, make):
+    make(tmp_path / 'data' / 'set', side=48)
+    small = load_segmentation_dataset('set', 'train', 32, strict=True)
+    monkeypatch.setattr(segmentation_data, 'IN_MEMORY', 4 * 32 * 32 * 4 - 1)
     large = load_segmentation_dataset('set', 'train', 32, strict=True)
-    assert (
-        isinstance(held, InMemoryDataset)
-        and isinstance(large, SegmentationDataset)
-        and isinstance(load_segmentation_dataset('set', 'train', 32, limit=3), InMemoryDataset)
-    )
-    assert (
-        len(large) == len(held) == 4
-        and large.labels.tolist() == [0] * 4
-        and large.side == 32
-        and large.crop is None
-    )
-    orders = [torch.tensor([3, 1, 1]), torch.tensor([0, 2])]
+    assert isinstance(small, InMemoryDataset) and isinstance(large, SegmentationDataset)
+    assert isinstance(load_segmentation_dataset('set', 'train', 32, limit=3), InMemoryDataset)
+    assert len(large) == len(small) == 4 and (large.side, large.crop) == (32, None)
+    sampler = [torch.tensor([3, 1, 1]), torch.tensor([0, 2])]
     for workers in (0, 2):
-        for (x, y), (a, b) in zip(large.batches(orders, workers), held.batches(orders), strict=True):
+        for (x, y), (a, b) in zip(large.batches(sampler, workers), small.batches(sampler), strict=True):
             assert x.equal(a) and y.equal(b) and x.dtype == y.dtype == torch.uint8
 
 
-def test_limit_is_a_beginning(tmp_path):
-    as_voc(tmp_path / 'data' / 'set')
-    assert load_segmentation_dataset('set', 'train', 16, limit=2).labels.equal(load_segmentation_dataset('set', 'train', 16).labels[:2])
-    few, more = load_segmentation_dataset('scenes', 'val', 16, limit=3), load_segmentation_dataset('scenes', 'val', 16, limit=70)
-    assert (
-        few.labels.equal(more.labels[:3])
-        and few.images.equal(more.images[:3])
-        and few.classes == list(REGIONS)
-    )
-    assert len(load_segmentation_dataset('scenes', 'val', 16)) == 1024 and not load_segmentation_dataset(
-        'scenes', 'train', 16, limit=3
-    ).labels.equal(few.labels)
+def test_limit_takes_the_first_pairs(tmp_path):
+    make_voc(tmp_path / 'data' / 'set')
+    whole = load_segmentation_dataset('set', 'train', 16)
+    assert load_segmentation_dataset('set', 'train', 16, limit=2).labels.equal(whole.labels[:2])
 
 
-# --- what can be wrong
+def test_scenes():
+    few = load_segmentation_dataset('scenes', 'val', 16, limit=3)
+    more = load_segmentation_dataset('scenes', 'val', 16, limit=70)
+    assert few.labels.equal(more.labels[:3]) and few.images.equal(more.images[:3])
+    assert few.classes == list(REGIONS) and len(load_segmentation_dataset('scenes', 'val', 16)) == 1024
+    assert not load_segmentation_dataset('scenes', 'train', 16, limit=3).labels.equal(few.labels)
 
 
-def torn(file):
-    file.write_bytes(file.read_bytes()[: len(file.read_bytes()) // 2])
+# -- files that are not what they should be ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    'fault,said',
-    [
-        ('image', 'a.0.jpg cannot be decoded'),
-        ('map', 'a.0.png cannot be decoded'),
-        ('sides', 'a.0.jpg has 32 x 32 pixels, but its map 32 x 30'),
-    ],
-)
-def test_a_pair_that_cannot_be_used(tmp_path, fault, said):
-    root = as_voc(tmp_path / 'voc')
-    if fault == 'sides':
-        put(truth()[1][0][:30], root / 'SegmentationClass' / 'a.0.png')
+def truncate(file):
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def spoil(root, fault):
+    "Make the pair a.0 of a dataset useless."
+    if fault == 'size':
+        save(example()[1][0][:30], root / 'SegmentationClass' / 'a.0.png')
+    elif fault == 'image':
+        truncate(root / 'JPEGImages' / 'a.0.jpg')
     else:
-        torn(root / dict(image='JPEGImages/a.0.jpg', map='SegmentationClass/a.0.png')[fault])
-    files, orders = (
-        list_pairs(root, 'train'),
-        [torch.tensor([0, 1]), torch.tensor([1, 3])],
-    )  # a.0 is number 1, a.2 number 2
-    held, warned = quiet(decode_pairs, files, 32, strict=False)
-    assert (len(held), held.broken) == (3, 1) and len(warned) == 1 and said in warned[0]
-    for workers in (0, 1):
-        pairs = SegmentationDataset(files, 32)
-        got, warned = quiet(lambda: list(pairs.batches(orders, workers)))
-        assert pairs.broken == 1 and len(warned) == 1 and said in warned[0]
-        assert got[0][1].equal(truth()[1][[4, 2]]) and got[0][0][1].equal(
-            read_pair(files.images[2], files.maps[2], 32, K)[0]
-        )
-        assert said in refused(
-            lambda: list(SegmentationDataset(files, 32, strict=True).batches(orders, workers))
-        )
-    assert said in refused(decode_pairs, files, 32, strict=True)
+        truncate(root / 'SegmentationClass' / 'a.0.png')
+
+
+FAULTS = {
+    'image': 'a.0.jpg cannot be decoded',
+    'map': 'a.0.png cannot be decoded',
+    'size': 'a.0.jpg has 32 x 32 pixels, but its label map 32 x 30',
+}
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_a_pair_that_cannot_be_used_in_memory(tmp_path, fault):
+    root = make_voc(tmp_path / 'voc')
+    spoil(root, fault)
+    files = list_pairs(root, 'train')
+    dataset, messages = with_warnings(decode_pairs, files, 32, strict=False)
+    assert (len(dataset), dataset.broken) == (3, 1) and len(messages) == 1 and FAULTS[fault] in messages[0]
+    assert FAULTS[fault] in refusal(decode_pairs, files, 32, strict=True)
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_pair_that_cannot_be_used_in_workers(tmp_path, fault, workers):
+    root = make_voc(tmp_path / 'voc')
+    spoil(root, fault)
+    files = list_pairs(root, 'train')
+    sampler = [torch.tensor([0, 1]), torch.tensor([1, 3])]  # a.0 has the index 1, a.2 the index 2
+    dataset = SegmentationDataset(files, 32)
+    batches, messages = with_warnings(all_batches, dataset, sampler, workers)
+    assert dataset.broken == 1 and len(messages) == 1 and FAULTS[fault] in messages[0]
+    images, maps = batches[0]
+    assert maps.equal(example()[1][[4, 2]])
+    assert images[1].equal(read_pair(files.images[2], files.maps[2], 32, C)[0])
+    strict = SegmentationDataset(files, 32, strict=True)
+    assert FAULTS[fault] in refusal(all_batches, strict, sampler, workers)
 
 
 def test_no_pair_can_be_used(tmp_path):
-    files = list_pairs(as_voc(tmp_path / 'voc'), 'train')
+    files = list_pairs(make_voc(tmp_path / 'voc'), 'train')
     for file in files.images:
-        torn(file)
-    assert 'neither can any of the 4 pairs' in refused(decode_pairs, files, 32, strict=False)
-    assert 'cannot be decoded' in refused(
-        lambda: list(SegmentationDataset(files, 32).batches([torch.tensor([2])]))
-    )
+        truncate(file)
+    assert 'neither can any of the 4 pairs' in refusal(decode_pairs, files, 32, strict=False)
+    dataset = SegmentationDataset(files, 32)
+    assert 'cannot be decoded' in refusal(all_batches, dataset, [torch.tensor([2])], 0)
 
 
-@pytest.mark.parametrize('layout,value,span', [(as_voc, K, f'0 to {K - 1}'), (as_ade, K + 1, f'1 to {K}')])
-def test_number_that_is_no_class(tmp_path, layout, value, span):
-    files = list_pairs(layout(tmp_path / 'set'), 'train')
-    ids = np.array(Image.open(files.maps[1]))
-    ids[5, 5] = value
-    put(ids, files.maps[1])
-    line = f'{files.maps[1]} holds the number {value}; its classes are {span}, and 255 is undecided'
-    assert line == refused(decode_pairs, files, 8, strict=False), (
-        'even where the pixel would not survive resizing'
-    )
+@pytest.mark.parametrize(
+    'make, value, span', [(make_voc, C, f'0 to {C - 1}'), (make_ade, C + 1, f'1 to {C}')]
+)
+def test_a_number_that_is_no_class(tmp_path, make, value, span):
+    files = list_pairs(make(tmp_path / 'set'), 'train')
+    labels = np.array(Image.open(files.maps[1]))
+    labels[5, 5] = value
+    save(labels, files.maps[1])
+    expected = f'{files.maps[1]} holds the number {value}; its classes are {span}, and 255 is ignored'
+    assert refusal(decode_pairs, files, 8, strict=False) == expected  # although resizing drops this pixel
     for workers in (0, 1):
-        assert line == refused(
-            lambda: list(SegmentationDataset(files, 8).batches([torch.tensor([0, 1])], workers))
-        )
-    put(np.zeros((32, 32, 3), np.uint8), files.maps[0])
-    assert f'{files.maps[0]} holds colours' in refused(decode_pairs, files, 32, strict=False)
+        dataset = SegmentationDataset(files, 8)
+        assert refusal(all_batches, dataset, [torch.tensor([0, 1])], workers) == expected
+    save(np.zeros((32, 32, 3), np.uint8), files.maps[0])
+    assert f'{files.maps[0]} holds colours' in refusal(decode_pairs, files, 32, strict=False)
 
 
-def test_layouts_splits_and_files_that_are_missing(tmp_path):
-    (tmp_path / 'data' / 'heap' / 'deep' / 'deeper').mkdir(parents=True)
-    assert 'heap has no label maps: neither JPEGImages/' in refused(load_segmentation_dataset, 'heap', 'train', 16)
-    assert 'MIMSTUDY_DATA_NOWHERE' in refused(load_segmentation_dataset, 'nowhere', 'train', 16)
-    (tmp_path / 'data' / 'packed.tar.xz').write_bytes(b'')
-    assert 'packed.tar.xz is an archive' in refused(load_segmentation_dataset, 'packed', 'train', 16)
-    assert 'scenes has no split "night"' in refused(load_segmentation_dataset, 'scenes', 'night', 16)
-    voc, ade = as_voc(tmp_path / 'data' / 'voc'), as_ade(tmp_path / 'data' / 'ade')
-    assert refused(list_pairs, voc, 'night') == 'voc has no split "night"; it has: nobody, train, val'
-    assert refused(list_pairs, ade, 'test') == 'ade has no split "test"; it has: training, validation'
-    assert 'the split "nobody"' in refused(list_pairs, voc, 'nobody') and 'is empty' in refused(
-        list_pairs, voc, 'nobody'
-    )
+def test_missing_datasets_and_layouts(tmp_path):
+    data = tmp_path / 'data'
+    (data / 'empty' / 'deep' / 'deeper').mkdir(parents=True)
+    (data / 'packed.tar.xz').write_bytes(b'')
+    for name, split, message in (
+        ('empty', 'train', 'empty has no label maps: neither JPEGImages/'),
+        ('nowhere', 'train', 'MIMSTUDY_DATA_NOWHERE'),
+        ('packed', 'train', 'packed.tar.xz is an archive'),
+        ('scenes', 'night', 'scenes has no split "night"'),
+    ):
+        assert message in refusal(load_segmentation_dataset, name, split, 16)
+
+
+def test_missing_splits(tmp_path):
+    voc = make_voc(tmp_path / 'voc')
+    ade = make_ade(tmp_path / 'ade')
     (ade / 'images' / 'bare').mkdir()
-    assert 'the split "bare"' in refused(list_pairs, ade, 'bare')
-    for root, gone in ((voc, 'SegmentationClass/a.5.png'), (ade, 'annotations/validation/5.png')):
-        (root / gone).unlink()
-        assert f'5.{"jpg" if root == voc else "png"} has no map; it should be {root / gone}' in refused(
-            list_pairs, root, 'val'
-        )
+    assert refusal(list_pairs, voc, 'night') == 'voc has no split "night"; it has: nobody, train, val'
+    assert refusal(list_pairs, ade, 'test') == 'ade has no split "test"; it has: bare, training, validation'
+    assert refusal(list_pairs, voc, 'nobody') == f'the split "nobody" of {voc} is empty'
+    assert refusal(list_pairs, ade, 'bare') == f'the split "bare" of {ade} is empty'
+
+
+def test_missing_files(tmp_path):
+    voc = make_voc(tmp_path / 'voc')
+    ade = make_ade(tmp_path / 'ade')
+    for root, image, label_map in (
+        (voc, 'a.5.jpg', voc / 'SegmentationClass' / 'a.5.png'),
+        (ade, '5.png', ade / 'annotations' / 'validation' / '5.png'),
+    ):
+        label_map.unlink()
+        assert f'{image} has no label map; it should be {label_map}' in refusal(list_pairs, root, 'val')
     (voc / 'JPEGImages' / 'a.3.jpg').unlink()
-    assert 'a.3.jpg is listed in the split "val", but it is not there' in refused(list_pairs, voc, 'val')
+    message = 'a.3.jpg is listed in the split "val", but it does not exist'
+    assert message in refusal(list_pairs, voc, 'val')
     for file in (ade / 'annotations' / 'training').iterdir():
         file.unlink()
     (ade / 'annotations' / 'training').rmdir()
-    assert '0.png has no map' in refused(list_pairs, ade, 'train')
+    assert '0.png has no label map' in refusal(list_pairs, ade, 'train')
 
 
-# --- real sets
+# -- real datasets -------------------------------------------------------------------------------------------
 
 
 def test_camvid(real_data):
@@ -311,32 +335,25 @@ def test_camvid(real_data):
         pytest.skip('no camvid-voc')
     for split, n in (('train', 367), ('val', 101)):
         files = list_pairs(real_data / 'camvid-voc', split)
-        assert (
-            len(files.images) == len(files.maps) == n
-            and len(files.classes) == 11
-            and files.classes[0] == 'sky'
-            and files.shift == 0
-        )
-    held = load_segmentation_dataset('camvid-voc', 'val', 64, limit=24, strict=True)
-    there = set(held.labels.unique().tolist())
-    assert (
-        held.labels.shape == (24, 64, 64)
-        and there <= {*range(11), IGNORE_LABEL}
-        and {0, 1, 3, IGNORE_LABEL} <= there
-    )
+        assert len(files.images) == len(files.maps) == n
+        assert len(files.classes) == 11 and files.classes[0] == 'sky' and files.shift == 0
+    dataset = load_segmentation_dataset('camvid-voc', 'val', 64, limit=24, strict=True)
+    found = set(dataset.labels.unique().tolist())
+    assert dataset.labels.shape == (24, 64, 64)
+    assert {0, 1, 3, IGNORE_LABEL} <= found <= {*range(11), IGNORE_LABEL}
 
 
 def test_ade(real_data):
-    if not (real_data / 'ade20k-samples').is_dir():
+    root = real_data / 'ade20k-samples'
+    if not root.is_dir():
         pytest.skip('no ade20k-samples')
-    held = load_segmentation_dataset('ade20k-samples', 'val', 128, strict=True)
-    assert (
-        held.labels.shape == (3, 128, 128)
-        and len(set(held.classes)) == 150
-        and held.classes[:2] == ['wall', 'building']
-    )
-    assert set(held.labels.unique().tolist()) <= {*range(150), IGNORE_LABEL}
-    assert 'no split "train"' in refused(load_segmentation_dataset, 'ade20k-samples', 'train', 128)
-    files = list_pairs(real_data / 'ade20k-samples', 'val')
-    raw, ids = (np.array(m) for m in (Image.open(files.maps[0]), read_label_map(files.maps[0], 150, 1)))
-    assert ((raw == 0) == (ids == IGNORE_LABEL)).all() and (raw[raw > 0] - 1 == ids[raw > 0]).all()
+    dataset = load_segmentation_dataset('ade20k-samples', 'val', 128, strict=True)
+    assert dataset.labels.shape == (3, 128, 128)
+    assert len(set(dataset.classes)) == 150 and dataset.classes[:2] == ['wall', 'building']
+    assert set(dataset.labels.unique().tolist()) <= {*range(150), IGNORE_LABEL}
+    assert 'no split "train"' in refusal(load_segmentation_dataset, 'ade20k-samples', 'train', 128)
+    file = list_pairs(root, 'val').maps[0]
+    numbers = np.array(Image.open(file))
+    labels = np.array(read_label_map(file, 150, 1))
+    assert ((numbers == 0) == (labels == IGNORE_LABEL)).all()
+    assert (numbers[numbers > 0] - 1 == labels[numbers > 0]).all()

@@ -1,8 +1,14 @@
-"SemanticMIM's segmentation probe against the official code: logits, loss, gradients, answers, mIoU."
+"SemanticMIM's segmentation probe against the official code: logits, loss, gradients, predictions, mIoU."
 
 import torch
 from conftest import assert_close
-from mimstudy.evaluate.segmentation import confusion_matrix, mean_iou, pixel_logits, linear_segmentation_head, segmentation_loss
+from mimstudy.evaluate.segmentation import (
+    confusion_matrix,
+    mean_iou,
+    pixel_logits,
+    linear_segmentation_head,
+    segmentation_loss,
+)
 
 
 def head_of(g):
@@ -24,11 +30,11 @@ def test_logits_loss_and_gradients(golden):
     assert (g['train_labels'] == 255).any() and segmentation_loss(logits, g['train_labels'][:, 0]) == loss
 
 
-def test_answers_and_score(golden):
+def test_predictions_and_score(golden):
     g = golden('seg_probe')
-    answers = pixel_logits(head_of(g), g['features'], 28).argmax(1)
-    assert answers.equal(g['eval_preds'][:, 0].long())
-    counts = confusion_matrix(answers, g['labels'][:, 0], 21)
+    predictions = pixel_logits(head_of(g), g['features'], 28).argmax(1)
+    assert predictions.equal(g['eval_preds'][:, 0].long())
+    counts = confusion_matrix(predictions, g['labels'][:, 0], 21)
     assert counts.equal(g['confusion'])
     assert abs(mean_iou(counts, 'zero') / 100 / g['miou'].item() - 1) < 5e-6
 
@@ -37,18 +43,20 @@ def test_absent_classes(golden):
     g = golden('seg_probe')
     counts = confusion_matrix(g['preds_b'][:, 0].long(), g['labels_b'][:, 0], 21)
     assert counts.equal(g['confusion_b'])
-    seen = ((counts.sum(0) + counts.sum(1)) > 0).sum().item()
-    assert seen < 21 and abs(mean_iou(counts, 'zero') / 100 / g['miou_b'].item() - 1) < 5e-6
-    assert abs(mean_iou(counts) - mean_iou(counts, 'zero') * 21 / seen) < 1e-10
+    present = ((counts.sum(0) + counts.sum(1)) > 0).sum().item()
+    assert present < 21 and abs(mean_iou(counts, 'zero') / 100 / g['miou_b'].item() - 1) < 5e-6
+    assert abs(mean_iou(counts) - mean_iou(counts, 'zero') * 21 / present) < 1e-10
 
 
-def test_tables_of_batches_add_up():
+def test_confusion_matrices_of_batches_can_be_added():
     torch.manual_seed(0)
     preds, labels = torch.randint(0, 5, (2, 6, 9, 9))
     labels[:, 0] = 255
-    slow = torch.zeros(5, 5, dtype=torch.long)
+    expected = torch.zeros(5, 5, dtype=torch.long)
     for p, t in zip(preds.flatten().tolist(), labels.flatten().tolist()):
         if t != 255:
-            slow[t, p] += 1
-    assert confusion_matrix(preds, labels, 5).equal(slow)
-    assert (confusion_matrix(preds[:2], labels[:2], 5) + confusion_matrix(preds[2:], labels[2:], 5)).equal(slow)
+            expected[t, p] += 1
+    assert confusion_matrix(preds, labels, 5).equal(expected)
+    assert (confusion_matrix(preds[:2], labels[:2], 5) + confusion_matrix(preds[2:], labels[2:], 5)).equal(
+        expected
+    )

@@ -1,4 +1,4 @@
-"Evaluation: one deterministic pass, and protocols that agree with their slow twins."
+"Probes: deterministic features, and protocols compared with simple implementations and scikit-learn."
 
 import time
 
@@ -18,7 +18,15 @@ from mimstudy.engine.datasets import InMemoryDataset
 from mimstudy.evaluate.catalogue import PROTOCOLS, evaluate
 from mimstudy.evaluate.features import Features, extract_features, evaluation_mode, flat_scores, raw_pixels
 from mimstudy.evaluate.knn import knn, knn_votes
-from mimstudy.evaluate.linear import PENALTIES, choose_penalty, fit_logistic_regression, held_out, linear, objective, standardise
+from mimstudy.evaluate.linear import (
+    PENALTIES,
+    choose_penalty,
+    fit_logistic_regression,
+    held_out,
+    linear,
+    objective,
+    standardise,
+)
 from mimstudy.parts.encoder import Encoder
 from mimstudy.parts.views import normalise
 
@@ -57,7 +65,7 @@ def g():
 
 
 def test_features_are_the_means_of_every_block():
-    "Slow twin: the blocks are run one by one."
+    "Compared with a loop over the blocks."
     encoder, images = make_encoder().eval(), make_set(20)
     table = extract_features(encoder, images, 'cpu', batch=7).table
     assert list(table) == [(l, token) for l in (1, 2, 3) for token in ('prefix', 'patch')]
@@ -70,10 +78,10 @@ def test_features_are_the_means_of_every_block():
             assert_close(table[l, 'patch'], z[:, 2:].mean(1))
 
 
-def test_reading_twice_is_bit_equal_and_leaves_no_trace():
+def test_extracting_twice_is_bit_equal_and_changes_no_state():
     encoder, images = make_encoder(), make_set(20)
     encoder.train()
-    encoder.blocks[1].eval()  # a part that somebody has frozen
+    encoder.blocks[1].eval()  # a module that is kept in evaluation mode
     modes, state = [m.training for m in encoder.modules()], torch.get_rng_state()
     a, b = (extract_features(encoder, images, 'cpu') for _ in range(2))
     assert (
@@ -87,21 +95,21 @@ def test_reading_twice_is_bit_equal_and_leaves_no_trace():
     )
 
 
-def test_modes_come_back_after_an_error():
+def test_modes_are_restored_after_an_error():
     encoder = make_encoder().train()
     with pytest.raises(ZeroDivisionError), evaluation_mode(encoder):
         1 / 0
     assert encoder.blocks[0].training and torch.is_grad_enabled()
 
 
-def test_neighbours_in_the_batch_do_not_matter():
+def test_features_do_not_depend_on_the_batch():
     encoder, images = make_encoder(), make_set(20)
     a, b = (extract_features(encoder, images, 'cpu', batch=batch) for batch in (20, 3))
     for k in a.table:
         assert_close(a.table[k], b.table[k])
 
 
-def test_batch_norm_uses_its_running_statistics_and_keeps_them():
+def test_batch_norm_uses_its_running_statistics_and_does_not_change_them():
     encoder, images = make_encoder(), make_set(12)
     encoder.patch_embed.proj = nn.Sequential(encoder.patch_embed.proj, nn.BatchNorm2d(32))
     encoder.train()
@@ -112,7 +120,7 @@ def test_batch_norm_uses_its_running_statistics_and_keeps_them():
 @pytest.mark.parametrize(
     'name', ['vit_tiny_patch16_224', 'vit_small_patch16_dinov3', 'beit_base_patch16_224']
 )
-def test_other_encoders_of_timm_can_be_read(name):
+def test_other_encoders_of_timm_have_features(name):
     encoder = timm.create_model(name, img_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=0)
     table = extract_features(encoder, make_set(6), 'cpu').table
     assert set(table) == {(l, t) for l in (1, 2) for t in ('prefix', 'patch')} and table[
@@ -130,7 +138,7 @@ def test_images_of_another_side_are_resized():
 def test_raw_pixels_are_block_averages():
     images = make_set(5, size=64)
     x = raw_pixels(images, 'cpu', batch=2).table[0, 'pixels'].numpy()
-    slow = np.array(
+    expected = np.array(
         [
             [
                 p[c, i : i + 4, j : j + 4].mean() / 255
@@ -141,10 +149,10 @@ def test_raw_pixels_are_block_averages():
             for p in images.images.numpy()
         ]
     )
-    assert_close(x, slow)
+    assert_close(x, expected)
 
 
-def test_the_best_block_is_per_token_and_the_first_of_equals():
+def test_the_best_block_of_each_token_is_the_first_of_equal_ones():
     flat = flat_scores('p', {(1, 'prefix'): 3.0, (2, 'prefix'): 3.0, (1, 'patch'): 1.0, (2, 'patch'): 2.0})
     assert (
         flat['p/best/prefix/block'] == 1
@@ -156,7 +164,7 @@ def test_the_best_block_is_per_token_and_the_first_of_equals():
 # nearest neighbours
 
 
-def slow_knn(train, val, entry, k, temperature):
+def numpy_knn(train, val, entry, k, temperature):
     "One query at a time, in numpy."
     bank, right = train.table[entry].double().numpy(), 0
     bank = bank / np.linalg.norm(bank, axis=1, keepdims=True)
@@ -170,9 +178,9 @@ def slow_knn(train, val, entry, k, temperature):
 
 
 @pytest.mark.parametrize('k, temperature', [(20, 0.07), (1, 0.07), (5, 1.0)])
-def test_knn_agrees_with_its_slow_twin(g, k, temperature):
+def test_knn_agrees_with_a_loop_in_numpy(g, k, temperature):
     train, val = make_features(300, 7, 12, g), make_features(150, 7, 12, g)
-    assert knn(train, val, k, temperature, chunk=64)['knn/1/patch'] == slow_knn(
+    assert knn(train, val, k, temperature, chunk=64)['knn/1/patch'] == numpy_knn(
         train, val, (1, 'patch'), k, temperature
     )
 
@@ -188,8 +196,8 @@ def test_knn_does_not_depend_on_the_order_of_the_bank_or_on_rotations(g):
 def test_knn_of_all_images_at_equal_weight_is_the_largest_class(g):
     train, val = make_features(60, 3, 4, g), make_features(30, 3, 4, g)
     unit = [F.normalize(f.table[1, 'patch'], dim=1) for f in (train, val)]
-    ballot = knn_votes(unit[1], unit[0], train.labels, 3, k=60, temperature=1e9)
-    assert_close(ballot, train.labels.bincount(minlength=3).expand(30, 3), 1e-5)
+    votes = knn_votes(unit[1], unit[0], train.labels, 3, k=60, temperature=1e9)
+    assert_close(votes, train.labels.bincount(minlength=3).expand(30, 3), 1e-5)
 
 
 # linear probe
@@ -207,16 +215,19 @@ def test_fit_agrees_with_sklearn(g, penalty):
     train, val = make_features(1000, 6, 20, g, 0.7), make_features(500, 6, 20, g, 0.7)
     x, x_val = standardise(train.table[1, 'patch'], val.table[1, 'patch'])
     weight, bias = fit_logistic_regression(x, train.labels, 6, penalty)
-    twin = sklearn_fit(x, train.labels, penalty)
+    expected = sklearn_fit(x, train.labels, penalty)
     ours, theirs = (
         objective(torch.as_tensor(w).double(), torch.as_tensor(b).double(), x.double(), train.labels, penalty)
-        for w, b in ((weight, bias), (twin.coef_, twin.intercept_))
+        for w, b in ((weight, bias), (expected.coef_, expected.intercept_))
     )
     assert theirs - 1e-9 <= ours <= theirs + 2e-4
-    said = F.linear(x_val, weight, bias).argmax(1).numpy()
-    assert (said == twin.predict(x_val.double().numpy())).mean() >= 0.99
+    predictions = F.linear(x_val, weight, bias).argmax(1).numpy()
+    assert (predictions == expected.predict(x_val.double().numpy())).mean() >= 0.99
     assert (
-        abs((said == val.labels.numpy()).mean() - twin.score(x_val.double().numpy(), val.labels.numpy()))
+        abs(
+            (predictions == val.labels.numpy()).mean()
+            - expected.score(x_val.double().numpy(), val.labels.numpy())
+        )
         <= 0.004
     )
 
@@ -232,20 +243,24 @@ def test_standardising_is_sklearns(g):
     assert standardise(x, x_val)[1][:, 3].equal(torch.zeros(20))
 
 
-def test_the_gradient_vanishes_at_the_answer(g):
+def test_the_gradient_is_zero_at_the_minimum(g):
     train = make_features(800, 5, 16, g)
     x, _ = standardise(train.table[1, 'patch'], train.table[1, 'patch'])
-    weight, bias = (t.double().requires_grad_() for t in fit_logistic_regression(x, train.labels, 5, 1e-2, close=1e-9))
+    weight, bias = (
+        t.double().requires_grad_() for t in fit_logistic_regression(x, train.labels, 5, 1e-2, tolerance=1e-9)
+    )
     objective(weight, bias, x.double(), train.labels, 1e-2).backward()
     assert weight.grad.abs().max() < 1e-4 and bias.grad.abs().max() < 1e-4
-    assert weight.detach().sum(0).abs().max() < 1e-4  # adding the same to all classes only costs
+    assert (
+        weight.detach().sum(0).abs().max() < 1e-4
+    )  # adding the same to all classes only increases the penalty
 
 
-def test_renamed_classes_are_renamed_in_the_answer(g):
+def test_permuted_classes_permute_the_weights(g):
     train, names = make_features(600, 5, 16, g), torch.tensor([3, 0, 4, 1, 2])
     x, _ = standardise(train.table[1, 'patch'], train.table[1, 'patch'])
-    weight, _ = fit_logistic_regression(x, train.labels, 5, 1e-2, close=1e-9)
-    renamed, _ = fit_logistic_regression(x, names[train.labels], 5, 1e-2, close=1e-9)
+    weight, _ = fit_logistic_regression(x, train.labels, 5, 1e-2, tolerance=1e-9)
+    renamed, _ = fit_logistic_regression(x, names[train.labels], 5, 1e-2, tolerance=1e-9)
     assert_close(renamed[names], weight, 1e-2)
 
 
@@ -265,7 +280,7 @@ def test_the_held_out_images_are_a_fifth_of_every_class(g):
 
 
 def test_the_penalty_is_chosen_without_the_validation_images(g):
-    "Slow twin of the protocol: sklearn on the same held-out images; and the labels to be predicted change nothing but the score."
+    "Compared with scikit-learn on the same held-out images."
     train, val = make_features(700, 5, 20, g, 0.5), make_features(500, 5, 20, g, 0.5)
     x, x_val = standardise(train.table[1, 'patch'], val.table[1, 'patch'])
     held = held_out(train.labels)
@@ -277,19 +292,19 @@ def test_the_penalty_is_chosen_without_the_validation_images(g):
     ]
     penalty, _ = choose_penalty(x, train.labels, 5)
     assert max(scores) - scores[PENALTIES.index(penalty)] <= 1.5 / held.sum()
-    twin = sklearn_fit(x, train.labels, penalty).score(x_val.double().numpy(), val.labels.numpy())
-    assert abs(linear(train, val)['linear/1/patch'] - 100 * twin) <= 0.4
+    expected = sklearn_fit(x, train.labels, penalty).score(x_val.double().numpy(), val.labels.numpy())
+    assert abs(linear(train, val)['linear/1/patch'] - 100 * expected) <= 0.4
 
 
-def test_a_weak_direction_is_read_and_noise_is_not(g):
-    "Three informative numbers 300 times fainter than a shared one; and three among 300 of noise."
+def test_a_weak_signal_is_found_and_noise_is_ignored(g):
+    "Three informative features 300 times smaller than a common one; and three among 300 of noise."
 
     def made(n):
         y = torch.arange(n) % 3
-        told = torch.eye(3)[y] + 0.3 * torch.randn(n, 3, generator=g)
-        faint = 300 * torch.randn(n, 1, generator=g) + torch.cat([told, torch.randn(n, 5, generator=g)], 1)
+        signal = torch.eye(3)[y] + 0.3 * torch.randn(n, 3, generator=g)
+        small = 300 * torch.randn(n, 1, generator=g) + torch.cat([signal, torch.randn(n, 5, generator=g)], 1)
         return Features(
-            {(1, 'prefix'): faint, (1, 'patch'): torch.cat([told, torch.randn(n, 297, generator=g)], 1)},
+            {(1, 'prefix'): small, (1, 'patch'): torch.cat([signal, torch.randn(n, 297, generator=g)], 1)},
             y,
             list('abc'),
         )
@@ -327,12 +342,12 @@ def test_pixels_are_scored_without_an_encoder():
     assert set(evaluate(PROTOCOLS, None, train, val, 'cpu')) == {'knn/0/pixels', 'linear/0/pixels'}
 
 
-def test_mistakes_are_answered_before_any_work():
-    class IgnoredObject(InMemoryDataset):
+def test_a_wrong_name_is_reported_before_any_image_is_read():
+    class UnreadableDataset(InMemoryDataset):
         def batches(self, orders, workers=None):
             raise AssertionError('images were read')
 
-    unread = IgnoredObject(
+    unread = UnreadableDataset(
         torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.long), ['a']
     )
     with pytest.raises(StudyError, match='did you mean linear'):

@@ -7,13 +7,13 @@ import torch
 from mimstudy.core.errors import StudyError
 from mimstudy.core.scenes import scenes
 from mimstudy.engine.config import Recipe
-from mimstudy.methods.catalogue import METHODS, MIMS
+from mimstudy.methods.catalogue import METHODS, MIM_METHODS
 from mimstudy.study.build import build_batch_function, build_mask, build_task, evaluated_encoder
 from mimstudy.engine.datasets import InMemoryDataset
 
 IMAGES = scenes(32, size=32, seed=0)
 SET = InMemoryDataset(IMAGES.images, IMAGES.label, ['any'] * 12)
-BLIND = [*(m.__name__ for m in MIMS), *(f'semanticmim({m.__name__})' for m in MIMS)]
+BLIND = [*(m.__name__ for m in MIM_METHODS), *(f'semanticmim({m.__name__})' for m in MIM_METHODS)]
 OPTIONS = {
     'mocov3': dict(hidden=32, out=16),
     'dino': dict(out=24, hidden=32, bottleneck=8, frozen=0),

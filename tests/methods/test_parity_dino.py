@@ -112,7 +112,7 @@ def test_forward_changes_nothing_but_a_note():
     task, batch = task_of(), Batch(views())
     assert task(batch, 0.1)['loss'].equal(task(batch, 0.1)['loss']) and not task.centre.value.any()
     task.after_step(0.1)
-    logits, _ = task.teach(batch.views[:2], 0.1)
+    logits, _ = task.teacher_targets(batch.views[:2], 0.1)
     assert_close(task.centre.value, 0.1 * logits.flatten(0, 1).mean(0), rel=1e-4)
 
 
@@ -164,7 +164,7 @@ def test_a_frozen_dictionary_does_not_turn():
 def test_the_teacher_has_no_stochastic_depth():
     task, batch = task_of(drop_path=0.5), Batch(views())
     task.train()
-    assert task.teach(batch.views[:2], 0.0)[0].equal(task.teach(batch.views[:2], 0.0)[0])
+    assert task.teacher_targets(batch.views[:2], 0.0)[0].equal(task.teacher_targets(batch.views[:2], 0.0)[0])
     assert not task(batch, 0.0)['loss'].equal(task(batch, 0.0)['loss'])
 
 

@@ -8,7 +8,7 @@ from conftest import assert_close, sub
 from mimstudy.core.errors import StudyError
 from mimstudy.core.task import Batch
 from mimstudy.engine.schedules import cosine
-from mimstudy.methods.mocov3 import contrast, mocov3
+from mimstudy.methods.mocov3 import info_nce, mocov3
 from mimstudy.parts.centering import Centre
 from mimstudy.parts.ema import cosine_momentum
 from mimstudy.parts.encoder import Encoder
@@ -33,7 +33,7 @@ def two(batch, seed=0):
 def test_losses_and_gradient(golden, tau):
     g = golden('mocov3')
     q1 = g['q1'].clone().requires_grad_()
-    one, other = contrast(q1, g['k2'], tau), contrast(g['q2'], g['k1'], tau)
+    one, other = info_nce(q1, g['k2'], tau), info_nce(g['q2'], g['k1'], tau)
     (one + other).backward()
     assert_close(one.detach(), g[f'loss_12.t{tau}'])
     assert_close(other.detach(), g[f'loss_21.t{tau}'])
@@ -164,15 +164,15 @@ def test_bfloat16_keeps_similarities_in_float32(prefix):
     with torch.autocast('cpu', torch.bfloat16):
         loss = task(Batch(two(4)), 0.0)['loss']
         q, k = torch.randn(6, 16), torch.randn(6, 16)
-        inside = contrast(q, k)
-    assert loss.dtype == torch.float32 and loss.isfinite() and inside.equal(contrast(q, k))
+        inside = info_nce(q, k)
+    assert loss.dtype == torch.float32 and loss.isfinite() and inside.equal(info_nce(q, k))
 
 
 def _process(rank, q, k, folder):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=2)
     mine = q[rank * 4 : rank * 4 + 4].clone().requires_grad_()
-    loss = contrast(mine, k[rank * 4 : rank * 4 + 4])
+    loss = info_nce(mine, k[rank * 4 : rank * 4 + 4])
     loss.backward()
     centre = Centre(16)
     centre.accumulate(k[rank * 4 : rank * 4 + 4]), centre.after_step()
@@ -188,7 +188,7 @@ def test_two_processes_are_one_large_batch(tmp_path):
         *(torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in range(2))
     )
     q.requires_grad_()
-    whole = contrast(q, k)
+    whole = info_nce(q, k)
     whole.backward()
     assert_close(sum(losses) / 2, whole.detach())
     assert_close(torch.cat(grads) / 2, q.grad)

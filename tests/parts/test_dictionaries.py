@@ -1,4 +1,4 @@
-"ConMIM's other dictionaries against plain loops, and what they must not do."
+"ConMIM's dictionaries against loops, their limits, their errors, and every option of the method."
 
 import math
 
@@ -8,7 +8,7 @@ from conftest import assert_close
 
 from mimstudy.core.errors import StudyError
 from mimstudy.core.task import Batch
-from mimstudy.methods.catalogue import build
+from mimstudy.methods.catalogue import build_method
 from mimstudy.methods.conmim import conmim
 from mimstudy.parts.dictionaries import DICTIONARIES, device_contrast, filtered_contrast, instance_contrast
 from mimstudy.parts.encoder import Encoder
@@ -20,7 +20,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def given(mask, D=12, seed=1):
+def predictions_and_keys(mask, D=12, seed=1):
     g = seeded(seed)
     return torch.randn(*mask.predict.shape, D, generator=g), torch.randn(*mask.hidden.shape, D, generator=g)
 
@@ -36,7 +36,7 @@ def cosine(a, b):
 
 
 def by_loops(pred, keys, mask, tau, negatives):
-    "Mean over the predicted patches; `negatives(b, j)` lists the (image, patch) pairs that an anchor is told apart from."
+    "Mean over the predicted patches; `negatives(b, j, q)` lists the (image, patch) pairs of the negatives."
     losses = []
     for b in range(len(pred)):
         for m, j in enumerate(mask.predict[b].tolist()):
@@ -51,11 +51,11 @@ def by_loops(pred, keys, mask, tau, negatives):
 @pytest.mark.parametrize('kind', MASKS)
 def test_device_by_loops(kind):
     mask = MASKS[kind]
-    pred, keys = given(mask)
-    everyone = [(c, i) for c in range(3) for i in range(16)]
+    pred, keys = predictions_and_keys(mask)
+    all_patches = [(c, i) for c in range(3) for i in range(16)]
     assert_close(
         device_contrast(pred, keys, mask, 0.2),
-        by_loops(pred, keys, mask, 0.2, lambda b, j, q: [p for p in everyone if p != (b, j)]),
+        by_loops(pred, keys, mask, 0.2, lambda b, j, q: [p for p in all_patches if p != (b, j)]),
     )
 
 
@@ -63,17 +63,19 @@ def test_device_by_loops(kind):
 @pytest.mark.parametrize('similar', [0.2, 0.5, 1.0])
 def test_filtered_by_loops(kind, similar):
     mask = MASKS[kind]
-    pred, keys = given(mask)
+    pred, keys = predictions_and_keys(mask)
 
-    def kept(b, j, q):
+    def dissimilar(b, j, q):
         return [(b, i) for i in range(16) if i != j and cosine(q, keys[b, i]) <= similar]
 
-    assert_close(filtered_contrast(pred, keys, mask, 0.2, similar), by_loops(pred, keys, mask, 0.2, kept))
+    assert_close(
+        filtered_contrast(pred, keys, mask, 0.2, similar), by_loops(pred, keys, mask, 0.2, dissimilar)
+    )
 
 
 def test_instance_by_loops():
     mask = make_mask(torch.zeros(5, 16).bool(), torch.ones(5, 16).bool())
-    pred, keys = given(mask)
+    pred, keys = predictions_and_keys(mask)
     q, k = pred.mean(1), keys.mean(1)
     each = [
         -cosine(q[b], k[b]) / 0.2
@@ -83,9 +85,9 @@ def test_instance_by_loops():
     assert_close(instance_contrast(pred, keys, mask, 0.2), torch.stack(each).mean())
 
 
-def test_where_they_meet():
+def test_dictionaries_agree_in_their_limits():
     mask = MASKS['random']
-    pred, keys = given(mask)
+    pred, keys = predictions_and_keys(mask)
     assert_close(filtered_contrast(pred, keys, mask, similar=1.0), patch_contrast(pred, keys, mask), rel=1e-6)
     assert (
         device_contrast(pred, keys, mask)
@@ -97,7 +99,7 @@ def test_where_they_meet():
 @pytest.mark.parametrize('name', DICTIONARIES)
 def test_keys_get_no_gradient_and_losses_are_float32(name):
     mask = MASKS['random']
-    pred, keys = (t.requires_grad_() for t in given(mask))
+    pred, keys = (t.requires_grad_() for t in predictions_and_keys(mask))
     with torch.autocast('cpu', torch.bfloat16):
         loss = DICTIONARIES[name](pred, keys, mask)
     loss.backward()
@@ -106,9 +108,9 @@ def test_keys_get_no_gradient_and_losses_are_float32(name):
 
 
 @pytest.mark.parametrize('name', DICTIONARIES)
-def test_only_directions_count(name):
+def test_lengths_of_features_have_no_effect(name):
     mask = MASKS['random']
-    pred, keys = given(mask)
+    pred, keys = predictions_and_keys(mask)
     scale = (
         1.0 if name == 'instance' else 0.1 + torch.rand(3, 16, 1, generator=seeded(5))
     )  # a mean of keys depends on their lengths
@@ -117,9 +119,9 @@ def test_only_directions_count(name):
     )
 
 
-def test_a_threshold_that_leaves_nothing():
+def test_errors_name_the_threshold_and_the_batch():
     mask = MASKS['random']
-    pred, keys = given(mask)
+    pred, keys = predictions_and_keys(mask)
     with pytest.raises(StudyError, match='without any negative key') as e:
         filtered_contrast(pred, keys, mask, similar=-0.99)
     assert '\n' not in str(e.value)
@@ -132,9 +134,9 @@ def test_a_threshold_that_leaves_nothing():
     [dict(dictionary=name) for name in DICTIONARIES]
     + [dict(momentum=0.0), dict(teacher_mode='eval'), dict(pathway='mask_pixels')],
 )
-def test_every_form_trains_the_encoder(options):
+def test_every_option_trains_the_encoder(options):
     torch.manual_seed(0)
-    task = build(
+    task = build_method(
         'conmim', Encoder(size=32, patch=8, width=32, depth=2, heads=2), hidden=32, out=16, **options
     )
     hidden = torch.zeros(4, 16).bool()
@@ -150,18 +152,24 @@ def test_every_form_trains_the_encoder(options):
     assert all(p.grad is None for p in task.target.parameters())
 
 
-def test_no_slow_copy_is_the_student_itself():
+def test_momentum_zero_copies_the_student():
     task = conmim(Encoder(size=32, patch=8, width=32, depth=1, heads=2), hidden=32, out=16, momentum=0.0)
     with torch.no_grad():
         for p in task.encoder.parameters():
             p.add_(0.1 * torch.randn_like(p))
     task.after_step(0.7)
-    assert all(a.equal(b) for a, b in zip(task.target.teacher.encoder.parameters(), task.encoder.parameters()))
+    assert all(
+        a.equal(b) for a, b in zip(task.target.teacher.encoder.parameters(), task.encoder.parameters())
+    )
 
 
-def test_painted_holes_are_blind():
-    task = build(
-        'conmim', Encoder(size=32, patch=8, width=32, depth=2, heads=2), hidden=32, out=16, pathway='mask_pixels'
+def test_masked_pixels_have_no_effect():
+    task = build_method(
+        'conmim',
+        Encoder(size=32, patch=8, width=32, depth=2, heads=2),
+        hidden=32,
+        out=16,
+        pathway='mask_pixels',
     ).eval()
     mask, x = random_mask(3, (4, 4), 0.5, seeded()), torch.randn(3, 3, 32, 32, generator=seeded(1))
     holes = mask.hidden.view(3, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)

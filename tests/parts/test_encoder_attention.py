@@ -1,4 +1,4 @@
-"A captured attention map is what the fused kernel used: multiplied with the values it gives the same output, at every block."
+"`attention` returns the weights of the fused attention: with the values they give its output in each block."
 
 import pytest
 import torch
@@ -6,35 +6,40 @@ from mimstudy.parts.encoder import Encoder, attention, attention_weights
 from mimstudy.parts.relative_encoder import RelativeEncoder
 
 SHAPE = dict(size=64, patch=8, width=48, depth=4, heads=3)
+ENCODERS = {
+    'class token': lambda: Encoder(**SHAPE),
+    'eight prefix tokens': lambda: Encoder(**SHAPE, prefix=8, layer_scale=0.1),
+    'relative positions': lambda: RelativeEncoder(**SHAPE),
+}
 
 
-@pytest.mark.parametrize(
-    'made',
-    [
-        lambda: Encoder(**SHAPE),
-        lambda: Encoder(**SHAPE, prefix=8, layer_scale=0.1),
-        lambda: RelativeEncoder(**SHAPE),
-    ],
-)
+def call_of(attn, forward):
+    "Input, shared bias and output of an attention module during `forward()`."
+    call = {}
+
+    def hook(module, args, kwargs, out):
+        call.update(x=args[0], bias=kwargs.get('shared_rel_pos_bias'), out=out)
+
+    handle = attn.register_forward_hook(hook, with_kwargs=True)
+    forward()
+    handle.remove()
+    return call
+
+
+@pytest.mark.parametrize('name', ENCODERS)
 @torch.no_grad()
-def test_weights_times_values_are_the_fused_output(made):
+def test_weights_times_values_are_the_fused_output(name):
     torch.manual_seed(0)
-    encoder, x = made().eval(), torch.randn(2, 3, 64, 64)
+    encoder = ENCODERS[name]().eval()
+    x = torch.randn(2, 3, 64, 64)
     for p in encoder.parameters():
         p.add_(0.1 * torch.randn_like(p))
     for i, block in enumerate(encoder.blocks):
-        seen = {}
-        hook = block.attn.register_forward_hook(
-            lambda m, args, kwargs, out: seen.update(
-                x=args[0], bias=kwargs.get('shared_rel_pos_bias'), out=out
-            ),
-            with_kwargs=True,
-        )
-        encoder.forward_features(x)
-        hook.remove()
-        weights, values = attention_weights(block.attn, seen['x'], seen['bias'])
-        again = block.attn.proj((weights @ values).transpose(1, 2).flatten(2))
-        torch.testing.assert_close(again, seen['out'], rtol=1e-5, atol=1e-5)
-        captured = attention(encoder, x, i)
-        assert captured.shape == (2, 3, encoder.P + 64, encoder.P + 64) and captured.equal(weights)
-        torch.testing.assert_close(captured.sum(-1), torch.ones(2, 3, encoder.P + 64))
+        call = call_of(block.attn, lambda: encoder.forward_features(x))
+        weights, values = attention_weights(block.attn, call['x'], call['bias'])
+        output = block.attn.proj((weights @ values).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(output, call['out'], rtol=1e-5, atol=1e-5)
+        from_encoder = attention(encoder, x, i)
+        assert from_encoder.shape == (2, 3, encoder.P + 64, encoder.P + 64)
+        assert from_encoder.equal(weights)
+        torch.testing.assert_close(from_encoder.sum(-1), torch.ones(2, 3, encoder.P + 64))

@@ -1,4 +1,4 @@
-"HOG: the release's own vectors, a slow version that walks over every pixel, invariances."
+"HOG: vectors of the release, a reference implementation in loops, invariances."
 
 import math
 
@@ -9,7 +9,7 @@ from conftest import assert_close
 
 from mimstudy.core.errors import StudyError
 from mimstudy.core.task import Batch
-from mimstudy.parts.hog import HOG, glyphs, gradients, hog, polar, cell_histograms, gaussian_window
+from mimstudy.parts.hog import HOG, cell_histograms, gaussian_window, glyphs, gradients, hog, polar
 
 MEAN, STD = (
     torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1),
@@ -32,10 +32,10 @@ def noise(vectors):
     return vectors['noise64']
 
 
-def test_gradient_strength_and_bin(vectors, noise):
-    strength, sector = polar(*gradients(noise[:1]))
-    assert_close(strength, vectors['noise64_magnitude'], rel=5e-7)
-    assert sector.equal(vectors['noise64_bin'].long())
+def test_gradient_magnitude_and_bin(vectors, noise):
+    magnitude, bin_index = polar(*gradients(noise[:1]))
+    assert_close(magnitude, vectors['noise64_magnitude'], rel=5e-7)
+    assert bin_index.equal(vectors['noise64_bin'].long())
 
 
 def test_gradients_are_a_convolution_to_the_last_bit(vectors, noise):
@@ -43,9 +43,9 @@ def test_gradients_are_a_convolution_to_the_last_bit(vectors, noise):
     weight = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]).expand(3, 1, 3, 3)
     for x in (noise, photo):
         around = torch.nn.functional.pad(x, (1, 1, 1, 1), mode='reflect')
-        across, down = gradients(x)
-        assert across.equal(torch.nn.functional.conv2d(around, weight, groups=3))
-        assert down.equal(torch.nn.functional.conv2d(around, weight.transpose(2, 3), groups=3))
+        horizontal, vertical = gradients(x)
+        assert horizontal.equal(torch.nn.functional.conv2d(around, weight, groups=3))
+        assert vertical.equal(torch.nn.functional.conv2d(around, weight.transpose(2, 3), groups=3))
 
 
 def test_window(vectors):
@@ -65,7 +65,7 @@ def test_noise_tokens(vectors, noise, patch, window, name):
 
 @pytest.mark.parametrize('size', [64, 224])
 def test_photographs(vectors, size):
-    "Photographs are ill-conditioned, yet the same order of sums gives the same bins, so far more than the golden tolerance holds."
+    "The same order of sums gives the same bins on photographs, so they agree to 1e-6."
     tokens, theirs = (
         HOG(16)(Batch([(vectors[f'photo{size}_u8'].float() - MEAN) / STD])),
         vectors[f'photo{size}_tokens'],
@@ -75,14 +75,14 @@ def test_photographs(vectors, size):
     near(tokens, theirs, 1e-6)
 
 
-def test_the_loss_of_maskfeat_has_this_target(golden):
+def test_target_of_the_release_model(golden):
     m = golden('semanticmim_maskfeat_k8')
     x = (m['images_u8'].float() - MEAN) / STD
     near(HOG(16)(Batch([x]))[m['mask_index'].flatten(1)].view(2, 118, 108), m['target'], 1e-6)
 
 
-def slow_hog(x, cell, bins, window):
-    "One channel (S,S) -> (bins,S/cell,S/cell), pixel by pixel, as one would write it on paper."
+def loop_hog(x, cell, bins, window):
+    "One channel (S,S) -> (bins,S/cell,S/cell), pixel by pixel."
     side, around = len(x), np.pad(x, 1, mode='reflect')
     out = np.zeros((bins, side // cell, side // cell))
     middle = cell - 0.5
@@ -109,21 +109,21 @@ def slow_hog(x, cell, bins, window):
 )
 def test_reference_in_loops(side, cell, bins, window):
     x = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(side + bins))
-    slow = np.stack([slow_hog(c.double().numpy(), cell, bins, window) for c in x[0]])
-    near(hog(x, cell, bins, window)[0].double(), torch.from_numpy(slow), 1e-5)
+    expected = np.stack([loop_hog(c.double().numpy(), cell, bins, window) for c in x[0]])
+    near(hog(x, cell, bins, window)[0].double(), torch.from_numpy(expected), 1e-5)
 
 
 def test_a_quarter_turn_turns_the_bins(noise):
-    "With 8 bins a quarter turn moves each by 4 (not at the mirrored border, where gradients lie on a bin's edge)."
+    "With 8 bins a quarter turn moves each bin by 4, except at the border of the image."
     straight, turned = hog(noise, bins=8, window=False), hog(noise.rot90(1, (2, 3)), bins=8, window=False)
     near(turned[..., 1:-1, 1:-1], straight.rot90(1, (3, 4)).roll(4, 2)[..., 1:-1, 1:-1], 1e-4)
 
 
-def test_light_and_contrast_do_not_matter(noise):
+def test_brightness_and_contrast_have_no_effect(noise):
     near(hog(3 * noise + 5), hog(noise), 1e-3)
 
 
-def test_length_one_or_nothing():
+def test_histograms_have_length_one_or_zero():
     x = torch.zeros(1, 3, 32, 32)
     x[..., 16:] = torch.randn(1, 3, 32, 16)
     length = hog(x).norm(dim=2)
@@ -138,7 +138,7 @@ def test_any_image_and_half_precision():
     assert inside.equal(hog(x))
 
 
-def test_the_target_takes_no_gradient_and_knows_its_size():
+def test_target_has_no_gradient_and_K_numbers():
     target = HOG(8)
     t = target(Batch([torch.randn(2, 3, 32, 32, requires_grad=True)]))
     assert (
@@ -146,10 +146,10 @@ def test_the_target_takes_no_gradient_and_knows_its_size():
     )
 
 
-def test_mistakes_are_named():
-    found = polar(*gradients(torch.randn(1, 3, 64, 64)))
-    with pytest.raises(StudyError, match='cells of 7 px do not tile a image of 64 x 64'):
-        cell_histograms(*found, 7)
+def test_cells_that_do_not_tile_are_named():
+    magnitude, bin_index = polar(*gradients(torch.randn(1, 3, 64, 64)))
+    with pytest.raises(StudyError, match='cells of 7 px do not tile an image of 64 x 64'):
+        cell_histograms(magnitude, bin_index, 7)
     with pytest.raises(StudyError, match='do not tile a patch of 16'):
         HOG(16, cell=5)
 

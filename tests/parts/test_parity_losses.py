@@ -20,8 +20,8 @@ def test_conmim_loss(golden, tau):
     assert keys.grad is None
 
 
-def test_conmim_loss_slow_twin(golden):
-    "One logarithm at a time, as eq. (3) is written."
+def test_conmim_loss_by_loops(golden):
+    "Eq. (3) written out, patch by patch."
     g = golden('conmim_loss')
     feats, keys, mask = g['feats'].float(), g['keys'].float(), g['mask']
     f, k = (t / t.norm(dim=-1, keepdim=True) for t in (feats, keys))

@@ -1,4 +1,4 @@
-"Targets: MAE's own vectors, loops, and the one rule that a target sees views[0]."
+"Targets: vectors of MAE's release, loops, and which view each target is computed from."
 
 import pytest
 import torch
@@ -7,7 +7,9 @@ from conftest import assert_close
 from mimstudy.core.errors import StudyError
 from mimstudy.core.scenes import scenes
 from mimstudy.core.task import Batch
-from mimstudy.parts.targets import Codes, Pixels, patchify, unpatchify
+from mimstudy.parts.ema import EMATeacher
+from mimstudy.parts.encoder import Encoder
+from mimstudy.parts.targets import Codes, Pixels, TeacherFeatures, patchify, unpatchify
 from mimstudy.parts.tokenizers import DallE, KMeansCodes
 from mimstudy.parts.views import normalise
 
@@ -42,7 +44,7 @@ def test_patchify_by_loops():
 
 
 def test_wrong_patch_size():
-    with pytest.raises(StudyError, match='patches of 5 px do not tile a image of 12 x 12'):
+    with pytest.raises(StudyError, match='patches of 5 px do not tile an image of 12 x 12'):
         Pixels(5)(Batch([torch.zeros(1, 3, 12, 12)]))
 
 
@@ -62,16 +64,16 @@ def tokenizer(images):
 
 def test_codes_of_the_unchanged_image(images, tokenizer):
     ids = Codes(tokenizer, 8)(Batch([normalise(images / 255), torch.zeros(8, 3, 64, 64)]))
-    assert ids.equal(tokenizer.codes(images / 255).flatten(1))  # a second view plays no part
+    assert ids.equal(tokenizer.codes(images / 255).flatten(1))  # a second view has no effect
 
 
 class Recorder(torch.nn.Module):
-    "A tokenizer that keeps what it was shown."
+    "A tokenizer that stores its input."
 
     vocabulary, stride = 2, 8
 
     def codes(self, x):
-        self.seen = x
+        self.input = x
         return x.new_zeros(len(x), x.shape[2] // 8, x.shape[3] // 8, dtype=torch.long)
 
 
@@ -80,15 +82,15 @@ def test_the_grid_of_codes_is_the_grid_of_patches(size, patch, shown):
     recorder = Recorder()
     target = Codes(recorder, patch)
     ids = target(Batch([3 * torch.randn(2, 3, size, size)]))
-    assert recorder.seen.shape == (2, 3, shown, shown) and ids.shape == (2, (size // patch) ** 2)
-    assert recorder.seen.min() == 0 and recorder.seen.max() == 1
+    assert recorder.input.shape == (2, 3, shown, shown) and ids.shape == (2, (size // patch) ** 2)
+    assert recorder.input.min() == 0 and recorder.input.max() == 1
 
 
 def test_resizing_is_antialiased():
-    "A fine grid of black and white shrinks to grey, not to black or white."
+    "A fine grid of black and white becomes grey when it is resized."
     recorder, grid = Recorder(), torch.ones(1, 3, 64, 64) * (torch.arange(64) % 2)
     Codes(recorder, 32)(Batch([normalise(grid)]))
-    assert (recorder.seen - 0.5).abs()[..., 2:-2].max() < 0.05
+    assert (recorder.input - 0.5).abs()[..., 2:-2].max() < 0.05
 
 
 def test_dalle_parity_through_the_target(golden):
@@ -101,7 +103,7 @@ def test_dalle_parity_through_the_target(golden):
     assert (ids == v['tokens'].flatten(1)).float().mean() > 0.99
 
 
-def test_targets_take_no_gradient_and_know_their_size(tokenizer, images):
+def test_targets_have_no_gradient_and_K_numbers(tokenizer, images):
     batch = Batch([normalise(images / 255).requires_grad_()])
     for target in (Pixels(8), Pixels(8, norm=True)):
         assert not target(batch).requires_grad and target(batch).shape == (8, 64, target.K)
@@ -111,3 +113,15 @@ def test_targets_take_no_gradient_and_know_their_size(tokenizer, images):
         and not any(p.requires_grad for p in codes.parameters())
         and 'tokenizer.blocks.input.weight' in codes.state_dict()
     )
+
+
+def test_teacher_features_are_those_of_the_last_view(images):
+    torch.manual_seed(0)
+    encoder = Encoder(size=64, patch=16, width=32, depth=2, heads=2)
+    head = torch.nn.Linear(32, 8)
+    target = TeacherFeatures(EMATeacher({'encoder': encoder, 'head': head}))
+    weak, strong = normalise(images / 255), normalise(images.flip(1) / 255)
+    keys = target(Batch([weak, strong]))
+    assert keys.equal(target(Batch([strong]))) and not keys.equal(target(Batch([weak])))
+    assert_close(keys, head(encoder.forward_features(strong))[:, 1:].detach())
+    assert not keys.requires_grad

@@ -1,4 +1,4 @@
-"Tokenizers: OpenAI's own vectors, k-means by loops, one contract for all, files that are not weights."
+"Tokenizers: vectors of OpenAI's code, k-means against loops, the common interface, refused files."
 
 import pickle
 
@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 from mimstudy.core.errors import StudyError
 from mimstudy.core.scenes import scenes
 from mimstudy.core.task import Batch
-from mimstudy.parts.dvae import DVAE, prime_factors, conv_stacks, gumbel_softmax, temperature
+from mimstudy.parts.dvae import DVAE, conv_stacks, gumbel_softmax, prime_factors, temperature
 from mimstudy.parts.tokenizers import (
     DallE,
     KMeansCodes,
-    patch_descriptor,
     kmeans_step,
     nearest_centre,
+    patch_descriptor,
     read_tensors,
     sample_patches,
 )
@@ -57,14 +57,14 @@ def test_nearest_by_loops():
         assert abs(distance[i].item() - min(squares)) < 1e-5
 
 
-def test_nearest_does_not_follow_autocast():
+def test_nearest_centre_is_float32_under_autocast():
     x, centres = torch.rand(200, 48, generator=seeded()), 0.5 + 1e-3 * torch.rand(9, 48, generator=seeded(1))
     with torch.autocast('cpu', torch.bfloat16):
         inside = nearest_centre(x, centres)[0]
     assert inside.equal(nearest_centre(x, centres)[0])
 
 
-def test_one_round_by_loops():
+def test_one_kmeans_step_by_loops():
     x = torch.randint(0, 256, (60, 6), generator=seeded(), dtype=torch.uint8)
     centres = x[:5].float() / 255
     moved, error = kmeans_step(x, centres, seeded())
@@ -77,7 +77,7 @@ def test_one_round_by_loops():
     assert_close(error, total / x.numel(), rel=1e-5)
 
 
-def test_empty_centres_come_back():
+def test_empty_centres_are_moved():
     x = torch.randint(0, 256, (200, 6), generator=seeded(), dtype=torch.uint8)
     centres = torch.full((8, 6), 0.5)
     for _ in range(3):
@@ -103,31 +103,33 @@ def test_kmeans_codes_by_loops(images):
         for i in range(4):
             for j in range(4):
                 patch = (
-                    patch_descriptor(x[b, :, 8 * i : 8 * i + 8, 8 * j : 8 * j + 8].permute(1, 2, 0).flatten()).float()
+                    patch_descriptor(
+                        x[b, :, 8 * i : 8 * i + 8, 8 * j : 8 * j + 8].permute(1, 2, 0).flatten()
+                    ).float()
                     / 255
                 )
                 assert ids[b, i, j] == (tokenizer.centres - patch).square().sum(1).argmin()
 
 
-def test_a_description_by_loops():
+def test_descriptor_by_loops():
     x = torch.rand(3, 48, generator=seeded()).double()
-    for patch, said in zip(x, patch_descriptor(x)):
+    for patch, descriptor in zip(x, patch_descriptor(x)):
         pixels = patch.view(16, 3).tolist()
         mean = [sum(p[c] for p in pixels) / 16 for c in range(3)]
         rest = [[p[c] - mean[c] for c in range(3)] for p in pixels]
         contrast = (sum(v * v for p in rest for v in p) / 48 + 0.01) ** 0.5
         expected = [128 + 24 * v / contrast for p in rest for v in p] + [48 * m for m in mean]
-        assert max(abs(a - b) for a, b in zip(said.tolist(), expected)) <= 0.5 + 1e-9
+        assert max(abs(a - b) for a, b in zip(descriptor.tolist(), expected)) <= 0.5 + 1e-9
 
 
-def test_contrast_and_light_change_a_word_less_than_structure():
+def test_contrast_changes_a_descriptor_less_than_structure():
     edges = (torch.arange(8) < 4).float()[:, None, None].expand(8, 8, 3)
     upright, lying = 0.3 + 0.4 * edges, 0.3 + 0.4 * edges.transpose(0, 1)
     a, fainter, b = (patch_descriptor(p.flatten()).float() for p in (upright, 0.4 + 0.2 * edges, lying))
     assert (a - fainter).norm() < 0.3 * (a - b).norm()
 
 
-def test_a_word_looks_like_the_mean_of_its_patches(images):
+def test_mean_patches_by_loops(images):
     tokenizer = KMeansCodes(6, 8).fit(images, seeded(), per_code=30, rounds=2)
     patches = sample_patches(images, 8, 180, seeded())
     ids = nearest_centre(patch_descriptor(patches.float() / 255).float() / 255, tokenizer.centres)[0]
@@ -135,7 +137,7 @@ def test_a_word_looks_like_the_mean_of_its_patches(images):
         assert_close(tokenizer.mean_patches[k], patches[ids == k].double().mean(0) / 255, rel=1e-6)
 
 
-def test_kmeans_travels_in_the_state_dict(images):
+def test_state_dict_restores_the_codes(images):
     tokenizer, other = KMeansCodes(12, 8).fit(images, seeded(), rounds=2), KMeansCodes(12, 8)
     other.load_state_dict(tokenizer.state_dict())
     assert other.codes(images / 255).equal(tokenizer.codes(images / 255))
@@ -186,7 +188,7 @@ def test_files_that_are_not_weights(vectors, tmp_path, monkeypatch):
     assert not (tmp_path / 'trapped').exists()
     with pytest.raises(StudyError, match='there is no tokenizer file'):
         DallE.load('nowhere.pt')
-    for wrong, named in (
+    for wrong, first in (
         ({'a': torch.zeros(1)}, 'a'),
         (weights | {'extra': torch.zeros(1)}, 'extra'),
         ({k: v for k, v in weights.items() if 'group_3' not in k}, 'blocks.group_3.block_1.id_path.b'),
@@ -197,7 +199,7 @@ def test_files_that_are_not_weights(vectors, tmp_path, monkeypatch):
         (weights | {'blocks.input.w': torch.zeros(())}, 'blocks.input.w'),
     ):
         torch.save(wrong, 'wrong.pt')
-        with pytest.raises(StudyError, match=f'wrong.pt is not the encoder of a dVAE .see "{named}"') as e:
+        with pytest.raises(StudyError, match=f'wrong.pt is not the encoder of a dVAE .see "{first}"') as e:
             DallE.load('wrong.pt')
         assert '\n' not in str(e.value) and 'blocks.group_1.block_1.res_path.conv_1.w' in str(e.value)
 
@@ -209,22 +211,19 @@ def test_dalle_has_openais_size():
 # the small autoencoder
 
 
-def test_factors():
+def test_prime_factors():
     assert [prime_factors(n) for n in (2, 8, 12, 14, 15)] == [[2], [2] * 3, [2, 2, 3], [2, 7], [3, 5]]
 
 
 @pytest.mark.parametrize('patch', [2, 4, 6, 8, 14, 16])
-def test_ladder_reaches_one_vector_a_patch(patch):
+def test_conv_stacks_give_one_vector_per_patch(patch):
     down, up = conv_stacks(patch, 32)
-    assert (z := down(torch.zeros(1, 3, 3 * patch, 3 * patch))).shape == (1, 32, 3, 3) and up(z).shape == (
-        1,
-        3,
-        3 * patch,
-        3 * patch,
-    )
+    x = torch.zeros(1, 3, 3 * patch, 3 * patch)
+    assert down(x).shape == (1, 32, 3, 3)
+    assert up(down(x)).shape == x.shape
 
 
-def test_temperature_and_choice():
+def test_temperature_and_gumbel_softmax():
     assert (
         temperature(0.0) == 1
         and temperature(1.0) == 1 / 16
@@ -232,14 +231,17 @@ def test_temperature_and_choice():
     )
     logits = torch.randn(4, 9, 2, 2, generator=seeded(), requires_grad=True)
     soft = gumbel_softmax(logits, 0.5, seeded())
-    assert torch.allclose(soft.sum(1), torch.ones(4, 2, 2)) and soft.equal(gumbel_softmax(logits, 0.5, seeded()))
+    assert torch.allclose(soft.sum(1), torch.ones(4, 2, 2)) and soft.equal(
+        gumbel_softmax(logits, 0.5, seeded())
+    )
     soft.square().sum().backward()
     assert logits.grad.abs().sum() > 0
 
 
-def test_a_uniform_choice_has_no_divergence():
+def test_uniform_logits_have_no_divergence():
     task = DVAE(16, 4, 16)
-    torch.nn.init.zeros_(task.logit.weight), torch.nn.init.zeros_(task.logit.bias)
+    torch.nn.init.zeros_(task.logit.weight)
+    torch.nn.init.zeros_(task.logit.bias)
     assert task(Batch([torch.randn(2, 3, 8, 8)]), 0.0)['kl'].abs() < 1e-6
 
 
@@ -252,24 +254,26 @@ def test_noise_is_a_function_of_progress(images):
     assert not DVAE(16, 4, 16, seed=1)(batch, 0.25)['loss'].equal(first)
 
 
-def test_dvae_learns_and_every_parameter_takes_part(images):
+def test_dvae_learns_and_every_parameter_has_a_gradient(images):
     torch.manual_seed(0)
     task, batch = DVAE(32, 4, 16), Batch([normalise(images[:4] / 255)])
     optimiser = torch.optim.AdamW(task.parameters(), 3e-3)
     errors = []
     for step in range(40):
         out = task(batch, step / 40)
-        optimiser.zero_grad(), out['loss'].backward(), optimiser.step()
+        optimiser.zero_grad()
+        out['loss'].backward()
+        optimiser.step()
         errors.append(out['error'].item())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in task.parameters())
     assert sum(errors[-5:]) < 0.7 * sum(errors[:5]) and out['loss'].ndim == out['kl'].ndim == 0
 
 
-# one contract
+# the common interface
 
 
 @pytest.mark.parametrize('kind', ['kmeans', 'dalle', 'dvae'])
-def test_contract(kind, dalle, images):
+def test_interface(kind, dalle, images):
     torch.manual_seed(0)
     means = KMeansCodes(12, 8).fit(images, seeded(), rounds=2)
     tokenizer = {'kmeans': means, 'dalle': dalle, 'dvae': DVAE(20, 8, 16)}[kind]
@@ -278,8 +282,6 @@ def test_contract(kind, dalle, images):
     assert ids.shape == (4, 32 // stride, 32 // stride) and ids.dtype == torch.long and not ids.requires_grad
     assert 0 <= ids.min() and ids.max() < tokenizer.vocabulary and len(ids.unique()) > 1
     one_by_one = torch.cat([tokenizer.train().codes(one[None]) for one in x])
-    assert one_by_one.equal(
-        tokenizer.eval().codes(x)
-    )  # neither the rest of the batch nor the mode plays a part
+    assert one_by_one.equal(tokenizer.eval().codes(x))  # neither the other images nor the mode have an effect
     with torch.autocast('cpu', torch.bfloat16):
         assert tokenizer.codes(x).equal(ids)

@@ -1,4 +1,4 @@
-"Views and colours: torchvision one image at a time as the slow twin, alignment, seeds, independence, cost."
+"Views and colour augmentation: compared with torchvision image by image; alignment, seeds, time."
 
 import time
 
@@ -6,13 +6,29 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
 from conftest import assert_close
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import InterpolationMode
 
 from mimstudy.core.errors import StudyError
 from mimstudy.core.scenes import scenes
 from mimstudy.parts import colour
-from mimstudy.parts.colour import COLOUR_AUGMENTATIONS, ColourAugmentation, jitter, jitter_amounts, apply_to_some, augment_colours
-from mimstudy.parts.views import MultiCrop, Views, sample_crop_boxes, random_resized_crop, crop_and_resize, denormalise, normalise, resize_only
+from mimstudy.parts.colour import (
+    COLOUR_AUGMENTATIONS,
+    ColourAugmentation,
+    jitter,
+    jitter_amounts,
+    apply_to_some,
+    augment_colours,
+)
+from mimstudy.parts.views import (
+    MultiCrop,
+    Views,
+    sample_crop_boxes,
+    random_resized_crop,
+    crop_and_resize,
+    denormalise,
+    normalise,
+    resize_only,
+)
 
 NOTHING = ColourAugmentation((0.0, 0.0, 0.0, 0.0), 0.0, 0.0, 0.0, 0.0)
 
@@ -31,27 +47,32 @@ def x(images):
     return images.float() / 255
 
 
-# -- crops ----------------------------------------------------------------------------------------------------------
+# -- crops ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     'side, size', [((64, 64), 64), ((64, 64), 32), ((64, 64), 96), ((48, 80), 40), ((256, 256), 224)]
 )
-def test_cut_is_torchvisions_antialiased_crop(side, size):
+def test_crop_and_resize_is_torchvisions_antialiased_crop(side, size):
     images = torch.randint(0, 256, (12, 3, *side), generator=seeded(), dtype=torch.uint8)
-    boxes, flip = sample_crop_boxes(12, *side, (0.08, 1.0), (3 / 4, 4 / 3), seeded(1)), torch.arange(12) % 2 == 1
-    for mine, image, box, mirrored in zip(crop_and_resize(images, boxes, flip, size), images, boxes.tolist(), flip):
-        twin = tv.resized_crop(
+    boxes, flip = (
+        sample_crop_boxes(12, *side, (0.08, 1.0), (3 / 4, 4 / 3), seeded(1)),
+        torch.arange(12) % 2 == 1,
+    )
+    for result, image, box, mirrored in zip(
+        crop_and_resize(images, boxes, flip, size), images, boxes.tolist(), flip
+    ):
+        expected = tv.resized_crop(
             image.float() / 255, *box, [size, size], interpolation=InterpolationMode.BICUBIC, antialias=True
         ).clamp(0, 1)
-        assert_close(mine, tv.horizontal_flip(twin) if mirrored else twin)
+        assert_close(result, tv.horizontal_flip(expected) if mirrored else expected)
 
 
-def test_plain_is_a_resize(images):
-    twin = tv.resize(
+def test_resize_only_is_a_resize(images):
+    expected = tv.resize(
         images.float() / 255, [40, 40], interpolation=InterpolationMode.BICUBIC, antialias=True
     ).clamp(0, 1)
-    assert_close(resize_only(images, 40), twin)
+    assert_close(resize_only(images, 40), expected)
     assert torch.equal(resize_only(images, 64), images.float() / 255)
 
 
@@ -59,16 +80,16 @@ def test_flip(images):
     straight, mirrored = (random_resized_crop(images, 32, flip=p, generator=seeded(3)) for p in (0.0, 1.0))
     assert_close(mirrored, straight.flip(3))
     some = random_resized_crop(images, 32, flip=0.5, generator=seeded(3))
-    of = (some - mirrored).abs().amax((1, 2, 3)) < 1e-5
-    assert_close(some[~of], straight[~of])
-    assert 3 <= of.sum() <= 13
+    flipped = (some - mirrored).abs().amax((1, 2, 3)) < 1e-5
+    assert_close(some[~flipped], straight[~flipped])
+    assert 3 <= flipped.sum() <= 13
 
 
-# -- colours --------------------------------------------------------------------------------------------------------
+# -- colours -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    'mine, twin, low, high',
+    'operation, torchvision_operation, low, high',
     [
         (colour.brightness, tv.adjust_brightness, 0.6, 1.4),
         (colour.contrast, tv.adjust_contrast, 0.6, 1.4),
@@ -78,9 +99,10 @@ def test_flip(images):
     ],
     ids=['brightness', 'contrast', 'saturation', 'hue', 'blur'],
 )
-def test_colours_are_torchvisions(x, mine, twin, low, high):
+def test_colour_operations_are_torchvisions(x, operation, torchvision_operation, low, high):
     amount = torch.linspace(low, high, len(x))
-    assert_close(mine(x, amount), torch.stack([twin(a, f) for a, f in zip(x, amount.tolist())]))
+    expected = torch.stack([torchvision_operation(a, f) for a, f in zip(x, amount.tolist())])
+    assert_close(operation(x, amount), expected)
 
 
 def test_grey_and_solarize_are_torchvisions(x):
@@ -91,14 +113,18 @@ def test_grey_and_solarize_are_torchvisions(x):
 @pytest.mark.parametrize('order', [(0, 1, 2, 3), (2, 0, 3, 1), (1, 2, 0)])
 def test_jitter_is_torchvisions_in_the_same_order(x, order):
     amounts = jitter_amounts(len(x), (0.4, 0.4, 0.2, 0.1), seeded())
-    twins = tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue
+    operations = tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue
 
-    def twin(image, own):
+    def torchvision_jitter(image, own):
         for i in order:
-            image = twins[i](image, own[i].item())
+            image = operations[i](image, own[i].item())
         return image
 
-    assert_close(jitter(x, amounts, order), torch.stack([twin(a, own) for a, own in zip(x, amounts.T)]), 1e-5)
+    assert_close(
+        jitter(x, amounts, order),
+        torch.stack([torchvision_jitter(a, own) for a, own in zip(x, amounts.T)]),
+        1e-5,
+    )
 
 
 def test_amounts_fill_their_range():
@@ -109,14 +135,14 @@ def test_amounts_fill_their_range():
 
 
 @pytest.mark.parametrize('name', ['grey', 'blur', 'solarize', 'jitter'])
-def test_probabilities_are_kept(name):
+def test_operations_have_their_probabilities(name):
     x = scenes(1, size=16).images.float().expand(2000, -1, -1, -1) / 255
     done = augment_colours(x, NOTHING._replace(strength=(0.4, 0.4, 0.2, 0.1), **{name: 0.2}), seeded())
     share = (done != x).flatten(1).any(1).float().mean()
     assert abs(share - 0.2) < 0.03
 
 
-def test_no_coin_falls_and_every_coin_falls(x):
+def test_probabilities_zero_and_one(x):
     assert apply_to_some(x, 0.0, colour.solarize, seeded()) is x
     assert torch.equal(apply_to_some(x, 1.0, colour.solarize, seeded()), colour.solarize(x))
     assert torch.equal(augment_colours(x, NOTHING, seeded()), x)
@@ -124,7 +150,7 @@ def test_no_coin_falls_and_every_coin_falls(x):
 
 def test_amounts_stay_with_their_images(x):
     names = torch.arange(16.0)
-    seen = apply_to_some(
+    changed = apply_to_some(
         torch.zeros(16, 1, 1, 1),
         0.5,
         lambda y, a, b: y + a[:, None, None, None] + b[1][:, None, None, None],
@@ -132,7 +158,7 @@ def test_amounts_stay_with_their_images(x):
         names,
         torch.stack([-names, names]),
     ).flatten()
-    assert ((seen == 2 * names) | (seen == 0)).all() and 2 < (seen > 0).sum() < 15
+    assert ((changed == 2 * names) | (changed == 0)).all() and 2 < (changed > 0).sum() < 15
 
 
 def test_paper_and_release_differ_as_written():
@@ -145,7 +171,7 @@ def test_paper_and_release_differ_as_written():
     )
 
 
-# -- views ----------------------------------------------------------------------------------------------------------
+# -- views ---------------------------------------------------------------------------------------------------
 
 
 def test_normalise_is_torchvisions(x):
@@ -166,7 +192,7 @@ def test_views_are_aligned(images, monkeypatch):
 
 
 def test_strong_views_show_the_crop_of_the_weak_one(images, monkeypatch):
-    "Where the light lies inside a image survives jitter and blur, so a strong view resembles its own weak view most."
+    "A strong view correlates most with the weak view of the same crop."
     views = Views(32, ('weak', 'strong'))
     monkeypatch.setitem(COLOUR_AUGMENTATIONS, 'paper', ColourAugmentation(solarize=0.0))
     flat = [
@@ -195,12 +221,12 @@ def test_the_seed_decides_everything(images, make):
     assert not any(torch.equal(a, b) for a, b in zip(first, other))
 
 
-def test_one_generator_goes_on(images):
+def test_each_call_continues_the_generator(images):
     views, g = Views(32, ('weak',)), seeded()
     assert not torch.equal(views(images, g)[0], views(images, g)[0])
 
 
-def test_every_image_has_its_own_numbers(images):
+def test_every_image_has_its_own_random_numbers(images):
     same = images[3:4].expand(24, -1, -1, -1)
     for view in Views(32, ('weak', 'strong'))(same, seeded()) + MultiCrop(32, 8, locals=1, local_size=16)(
         same, seeded()
@@ -210,8 +236,8 @@ def test_every_image_has_its_own_numbers(images):
     assert torch.pdist(in_place.flatten(1)).min() > 0.01
 
 
-def test_a_image_does_not_meet_its_neighbours(images):
-    "Changing one image of a batch leaves all other views as they were."
+def test_images_of_a_batch_do_not_affect_each_other(images):
+    "Changing one image of a batch changes no other view."
     changed = images.clone()
     changed[5] = 255 - changed[5]
     before, after = (Views(32, ('weak', 'strong'))(p, seeded()) for p in (images, changed))
@@ -222,7 +248,7 @@ def test_a_image_does_not_meet_its_neighbours(images):
 
 
 @pytest.mark.parametrize('kind', ['weak', 'strong', 'release', 'jitter', 'resize'])
-def test_values_keep_their_range(images, kind):
+def test_values_stay_in_their_range(images, kind):
     for seed in range(4):
         (view,) = Views(48, (kind,))(images, seeded(seed))
         back = denormalise(view)
@@ -234,7 +260,7 @@ def test_values_keep_their_range(images, kind):
         )
 
 
-def test_autocast_does_not_coarsen(images):
+def test_autocast_does_not_reduce_precision(images):
     views = Views(32, ('weak',))
     with torch.autocast('cpu', dtype=torch.bfloat16):
         (coarse,) = views(images, seeded())
@@ -252,7 +278,7 @@ def test_multi_crop(images):
     assert detail[0] < 0.8 * detail[1], 'the first large view is always blurred'
 
 
-def test_what_a_user_can_get_wrong():
+def test_wrong_arguments_are_reported():
     for wrong, message in (
         (lambda: Views(32, ('week',)), 'did you mean weak'),
         (lambda: Views(32, ('resize', 'weak')), 'not cropped'),
@@ -266,7 +292,7 @@ def test_what_a_user_can_get_wrong():
         assert '\n' not in str(e.value)
 
 
-# -- machines -------------------------------------------------------------------------------------------------------
+# -- machines ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.cuda
@@ -274,7 +300,7 @@ def test_what_a_user_can_get_wrong():
     'make',
     [lambda: Views(64, ('weak', 'strong', 'jitter')), lambda: MultiCrop(64, 8, locals=2, local_size=32)],
 )
-def test_a_gpu_sees_the_same_views_and_is_not_waited_for(images, make):
+def test_a_gpu_makes_the_same_views_without_synchronisation(images, make):
     expected, there = make()(images, seeded()), images.cuda()
     make()(there, seeded())
     torch.cuda.set_sync_debug_mode('error')
@@ -287,7 +313,7 @@ def test_a_gpu_sees_the_same_views_and_is_not_waited_for(images, make):
 
 
 @pytest.mark.slow
-def test_views_cost_little_beside_a_training_step():
+def test_views_take_little_time_beside_a_training_step():
     from timm.models.vision_transformer import VisionTransformer
 
     model = VisionTransformer(img_size=64, patch_size=8, embed_dim=192, depth=12, num_heads=3, num_classes=10)
@@ -299,11 +325,11 @@ def test_views_cost_little_beside_a_training_step():
         optimiser.step()
         optimiser.zero_grad()
 
-    def seconds(work, *given):
-        work(*given)
-        begin = time.perf_counter()
-        out = work(*given)
-        return time.perf_counter() - begin, out
+    def seconds(function, *arguments):
+        function(*arguments)
+        start = time.perf_counter()
+        out = function(*arguments)
+        return time.perf_counter() - start, out
 
     making, (weak, _) = seconds(views, images, g)
     training, _ = seconds(step, weak)

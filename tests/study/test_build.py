@@ -51,4 +51,4 @@ def test_block_masks_and_two_sets():
     block = build_mask(config.but(mask=dict(kind='block', ratio=0.5)), 50, seeded())
     assert block.hidden.sum(1).max() <= 8
     two = build_mask(config.but(mask=dict(ratio=0.5, predict_ratio=0.25)), 50, seeded())
-    assert set(two.hidden.sum(1).tolist()) == {8} and set(two.predict.sum(1).tolist()) == {4}
+    assert set(two.hidden.sum(1).tolist()) == {8} and two.predict.shape == (50, 4)

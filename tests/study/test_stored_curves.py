@@ -1,9 +1,11 @@
 """Trainings give the numbers that they gave before: stored loss curves of ten methods, and stored scores.
 
-`tests/stored_curves/smoke.json` holds the loss and the gradient norm of every step, and the sum of the absolute encoder weights at the
-end, of trainings at smoke scale (scenes, seed 3, one thread, float32), and the scores of probes and downstream trainings of an
-untrained encoder. On the processor and with the package versions named in the file they must be equal to the last bit. Elsewhere
-floating-point sums are ordered differently, and 16 steps of training amplify that, so they must agree within a relative 1e-3.
+`tests/stored_curves/smoke.json` holds trainings at smoke scale (scenes, seed 3, one thread, float32): the
+loss and the gradient norm of every step, and the sum of the absolute encoder weights at the end; and the
+scores of probes and downstream trainings of an untrained encoder. On the processor and with the package
+versions that the file names, they must be equal to the last bit. Elsewhere floating-point sums are ordered
+differently and 16 steps of training amplify that, so losses must agree within a relative 1e-3, and scores
+within 3 points: single images change their class.
 """
 
 import json
@@ -36,13 +38,13 @@ def this_machine():
 SAME_MACHINE = this_machine() == STORED['machine']
 
 
-def compare(numbers, stored):
+def compare(numbers, stored, **tolerance):
     "Assert that numbers equal those stored as hexadecimal floats, or are close to them on another machine."
     stored = [float.fromhex(number) for number in stored]
     if SAME_MACHINE:
         assert numbers == stored
     else:
-        assert numbers == pytest.approx(stored, rel=1e-3)
+        assert numbers == pytest.approx(stored, **tolerance)
 
 
 def curve(name):
@@ -65,18 +67,26 @@ def test_a_training_is_the_same(name):
     stored = STORED['curves'][name]
     numbers = curve(name)
     for what in ('loss', 'grad_norm'):
-        compare(numbers[what], stored[what])
-    compare(numbers['encoder'], [stored['encoder']])
+        compare(numbers[what], stored[what], rel=1e-3)
+    compare(numbers['encoder'], [stored['encoder']], rel=1e-3)
 
 
-def test_scores_are_the_same():
+def scores():
+    "Scores of probes, fine-tuning and segmentation of an untrained encoder."
     protocols = ('finetune', 'voc', 'ade20k', 'finetune-release')
     e = experiment('semanticmim-t1/maskfeat', 'smoke', seed=SEED, protocols=protocols)
     encoder = build_encoder(e.config, SEED).eval()
-    scores = {}
+    found = {}
     for protocol in protocols:
-        scores |= train_downstream(protocol, e.downstream_config(protocol), encoder, None, SEED).scores
-    train_images, val_images = (load_dataset('scenes', split, 32, 22) for split in ('train', 'val'))
-    scores |= evaluate(('linear', 'knn'), encoder, train_images, val_images, device='cpu')
-    assert set(scores) == set(STORED['scores'])
-    compare([float(scores[name]) for name in STORED['scores']], STORED['scores'].values())
+        found |= train_downstream(protocol, e.downstream_config(protocol), encoder, None, SEED).scores
+    images, val = (load_dataset('scenes', split, 32, 22) for split in ('train', 'val'))
+    return found | evaluate(('linear', 'knn'), encoder, images, val, device='cpu')
+
+
+def test_scores_are_the_same(monkeypatch):
+    monkeypatch.setenv('MIMSTUDY_DEVICE', 'cpu')
+    monkeypatch.setenv('MIMSTUDY_PRECISION', 'no')
+    found, stored = scores(), STORED['scores']
+    assert set(found) == set(stored)
+    names = [name for name in stored if SAME_MACHINE or not name.endswith('/block')]
+    compare([float(found[name]) for name in names], [stored[name] for name in names], abs=3)
