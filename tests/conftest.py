@@ -1,4 +1,5 @@
-"Shared by all tests: one thread (busy cores make many threads slow), golden vectors, tolerance, the flag --slow."
+"""Shared by all tests: one thread (busy cores make many threads slow), golden vectors, tolerance, the flag
+--slow."""
 
 import json
 import os

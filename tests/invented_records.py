@@ -1,4 +1,5 @@
-"A record with invented scores, for tests; its commit and its device say so. Tests write it into temporary folders only."
+"""A record with invented scores, for tests; its commit and its device say so. Tests write it into temporary
+folders only."""
 
 from mimstudy.papers.experiments import experiment
 from mimstudy.study.records import record

@@ -4,7 +4,8 @@ import torch
 
 
 def semanticmim(state):
-    "SemanticMIM's backbone (mmpretrain names) -> (encoder state, reconstruction blocks' state, mask token). Works for weights and gradients."
+    """SemanticMIM's backbone (mmpretrain names) -> (encoder state, reconstruction blocks' state, mask
+    token). Works for weights and gradients."""
     encoder, blocks = {}, {}
     prefix = state['cls_token'].shape[1]
     encoder['cls_token'] = state['cls_token'][:, :1]

@@ -52,8 +52,8 @@ class NotebookFigure(Figure):
 
         png = self.png()
         jpeg = _encoded(self, DPI, 'JPEG', quality=75)
-        smaller = min(png, jpeg, key=len)  # photographs are smaller as JPEG, lines and text as PNG
-        display(Shown(smaller, format='png' if smaller is png else 'jpeg'))
+        photograph = len(png) > 2 * len(jpeg)  # lines and text are kept as PNG
+        display(Shown(jpeg if photograph else png, format='jpeg' if photograph else 'png'))
 
 
 def _encoded(figure, dpi, kind, **options):

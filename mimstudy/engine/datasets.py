@@ -222,7 +222,7 @@ def dataset_names() -> list[str]:
     for file in current.data.glob('*'):
         if file.is_dir() or file.name.endswith('.tar.xz'):
             in_data_folder.append(file.name.removesuffix('.tar.xz'))
-    others = {*current.roots, *in_data_folder} - {*DATASETS}
+    others = {*current.dataset_paths, *in_data_folder} - {*DATASETS}
     return [*DATASETS, *sorted(others)]
 
 # %% ../../nbs/engine/30_datasets.ipynb #b37fcb82

@@ -23,7 +23,7 @@ def fetch_dataset(
 ) -> Path | tuple:  # a folder SPLIT/CLASS/FILE, or bytes (n,S,S,3), class ids (n,) and class names
     "A dataset of torchvision, downloaded if necessary; a `StudyError` if that fails."
     current = settings()
-    root = current.roots.get(name, current.data / name)
+    root = current.dataset_paths.get(name, current.data / name)
     is_new = not root.exists()
     try:
         return _torchvision_data(name, root, split)

@@ -15,7 +15,8 @@ from ..engine.training_config import DownstreamConfig, PretrainConfig
 from .downstream import downstream_config
 from .pretraining import pretraining
 from .scales import SCALES, at_scale, scale_downstream
-from .tables import PROBES, TABLES, Table
+from .table_classes import PROBES, Table
+from .tables import TABLES
 
 # %% ../../nbs/papers/35_experiments.ipynb #d354e06b
 def slug(text: str) -> str:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONMIM_SOURCES', 'CONMIM', 'CONMIM_B16_300', 'CONMIM_S16_300', 'SEMANTICMIM_SOURCES', 'BEIT', 'MASKFEAT',
-           'SEMANTICMIM_BEIT', 'SEMANTICMIM_MASKFEAT', 'EVERYTHING', 'SIMMIM', 'MAE', 'MOCOV3', 'DINO', 'IBOT', 'CIM',
-           'DEIT', 'PROXIED', 'PRETRAININGS', 'with_proxies', 'with_absolute_positions', 'pretraining']
+           'SEMANTICMIM_BEIT', 'SEMANTICMIM_MASKFEAT', 'PROXIED', 'PRETRAININGS', 'with_proxies',
+           'with_absolute_positions', 'pretraining']
 
 # %% ../../nbs/papers/10_pretraining.ipynb #c378f568
 from dataclasses import replace
@@ -15,11 +15,11 @@ from mimstudy.engine.config import (
     DataConfig,
     EncoderConfig,
     MaskConfig,
-    MultiCropConfig,
     OptimConfig,
     TokenizerConfig,
 )
 from ..engine.training_config import PretrainConfig, changed, from_source
+from .compared_methods import CIM, DEIT, DINO, IBOT, MAE, MOCOV3, SIMMIM
 
 # %% ../../nbs/papers/10_pretraining.ipynb #c1641901
 CONMIM_SOURCES = (
@@ -192,156 +192,6 @@ def with_proxies(
 
 SEMANTICMIM_BEIT = with_proxies(BEIT, 'the release configures 1 proxy')
 SEMANTICMIM_MASKFEAT = with_proxies(MASKFEAT, 'the release hides .8')
-
-# %% ../../nbs/papers/10_pretraining.ipynb #5b5cc959
-EVERYTHING = ('method', 'options', 'encoder', 'data', 'mask', 'tokenizer', 'optim', 'eval_model')
-
-SIMMIM = PretrainConfig(
-    name='simmim',
-    method='simmim',
-    encoder=EncoderConfig(layer_scale=0.1, drop_path=0.1, init='conmim', position_embedding='relative'),
-    data=DataConfig(crop=(0.67, 1.0), views='weak'),
-    mask=MaskConfig(ratio=0.6, unit=2),
-    optim=OptimConfig(epochs=800, batch=2048, lr=4e-4, min_lr=2e-5, warmup=10, warmup_start=0.005, clip=5.0),
-    sources=from_source('SimMIM release, ViT-B for 800 epochs', *EVERYTHING)
-    | from_source('SimMIM release, times 4: its rates are for a batch of 512', 'optim.lr')
-    | from_source(
-        'SimMIM release, times 4; its rate falls to a tenth at epoch 700, here along a cosine',
-        'optim.min_lr',
-        'optim.schedule',
-    )
-    | from_source("SimMIM release, which draws and rescales its weights as ConMIM's does", 'encoder.init')
-    | from_source('the method has one network', 'eval_model'),
-)
-
-# %% ../../nbs/papers/10_pretraining.ipynb #e989a341
-MAE = PretrainConfig(
-    name='mae',
-    method='mae',
-    data=DataConfig(crop=(0.2, 1.0), views='weak'),
-    mask=MaskConfig(ratio=0.75),
-    optim=OptimConfig(
-        epochs=800, batch=4096, lr=2.4e-3, min_lr=0.0, warmup=40, betas=(0.9, 0.95), no_decay=(), clip=None
-    ),
-    sources=from_source('MAE release and Table 8', *EVERYTHING)
-    | from_source('MAE Table 8: 1.5e-4 for a batch of 256, times 16', 'optim.lr')
-    | from_source('MAE release: only 1-D parameters', 'optim.no_decay')
-    | from_source('drawn by the method, as in the release', 'encoder.init')
-    | from_source('the method has one network', 'eval_model'),
-)
-
-MOCOV3 = PretrainConfig(
-    name='mocov3',
-    method='mocov3',
-    mask=None,
-    data=DataConfig(crop=(0.08, 1.0), views='two'),
-    optim=OptimConfig(
-        epochs=300, batch=4096, lr=2.4e-3, min_lr=0.0, warmup=40, weight_decay=0.1, no_decay=(), clip=None
-    ),
-    sources=from_source('MoCo v3 release, ViT-B', *EVERYTHING)
-    | from_source('MoCo v3 release: 1.5e-4 for a batch of 256, times 16', 'optim.lr')
-    | from_source('MoCo v3 release: two crops, the second sometimes solarised', 'data.views')
-    | from_source('MoCo v3 release decays everything; here 1-D parameters never are', 'optim.no_decay')
-    | from_source('drawn by the method, as in the release', 'encoder.init')
-    | from_source('MoCo v3 release: the base encoder', 'eval_model'),
-)
-
-# %% ../../nbs/papers/10_pretraining.ipynb #6a5578b7
-DINO = PretrainConfig(
-    name='dino',
-    method='dino',
-    mask=None,
-    eval_model='teacher',
-    encoder=EncoderConfig(drop_path=0.1),
-    data=DataConfig(
-        crop=(0.4, 1.0), views='multicrop', multicrop=MultiCropConfig(crops=8, size=96, area=(0.05, 0.4))
-    ),
-    optim=OptimConfig(
-        epochs=300,
-        batch=1024,
-        lr=2e-3,
-        min_lr=1e-6,
-        warmup=10,
-        weight_decay=0.04,
-        weight_decay_end=0.4,
-        no_decay=(),
-        clip=3.0,
-        clip_per_tensor=True,
-    ),
-    sources=from_source('DINO release, its defaults', *EVERYTHING)
-    | from_source('DINO release: 5e-4 for a batch of 256, times 4', 'optim.lr')
-    | from_source('DINO: 1024', 'optim.batch')
-    | from_source('as the other methods', 'optim.epochs')
-    | from_source('DINO release: only 1-D parameters', 'optim.no_decay')
-    | from_source('DINO: τ of the teacher from .04 to .07 in 30 epochs, one epoch frozen', 'options')
-    | from_source('DINO: the teacher is better', 'eval_model'),
-)
-
-IBOT = changed(
-    DINO,
-    'iBOT release, its published command for ViT-S/16',
-    name='ibot',
-    method='ibot',
-    mask=MaskConfig(kind='ibot', ratio=None),
-    data=dict(crop=(0.25, 1.0), multicrop=dict(crops=10, area=(0.05, 0.25))),
-)
-IBOT = replace(
-    IBOT,
-    sources=IBOT.sources
-    | from_source('iBOT: half of the crops, .1 to .5 of each in blocks', 'mask')
-    | from_source('iBOT release, its published command for ViT-S/16', 'options')
-    | from_source('iBOT: the teacher', 'eval_model'),
-)
-
-# %% ../../nbs/papers/10_pretraining.ipynb #cbe11a68
-CIM = PretrainConfig(
-    name='cim',
-    method='cim',
-    encoder=EncoderConfig(drop_path=0.1, init='beit'),
-    data=DataConfig(crop=(0.08, 1.0), views='weak'),
-    mask=MaskConfig(ratio=0.5),
-    tokenizer=TokenizerConfig(kind='kmeans', codes=8192),
-    optim=OptimConfig(epochs=300, batch=2048, lr=1.5e-3, min_lr=1e-5, warmup=10, betas=(0.9, 0.98), clip=3.0),
-    sources=from_source(
-        'CIM is trained as BEiT, whose values SemanticMIM Table 2 gives; its own could not be confirmed',
-        *EVERYTHING,
-    )
-    | from_source('CIM hides about half of the patches from its generator', 'mask.ratio')
-    | from_source(
-        "CIM: DALL-E's dVAE, whose decoder is needed too; k-means codes have a decoder of their own",
-        'tokenizer.kind',
-    )
-    | from_source("as many as the dVAE's", 'tokenizer.codes')
-    | from_source('defaults of the method', 'options')
-    | from_source("BEiT's", 'encoder.init')
-    | from_source('CIM: the enhancer', 'eval_model'),
-)
-
-DEIT = PretrainConfig(
-    name='deit',
-    method='deit',
-    mask=None,
-    encoder=EncoderConfig(drop_path=0.1),
-    data=DataConfig(crop=(0.08, 1.0), views='rand'),
-    optim=OptimConfig(
-        epochs=300,
-        batch=1024,
-        lr=1e-3,
-        min_lr=1e-5,
-        warmup=5,
-        warmup_start=1e-3,
-        weight_decay=0.05,
-        clip=None,
-    ),
-    sources=from_source('DeiT release, ViT-B', *EVERYTHING)
-    | from_source('DeiT release: 5e-4 for a batch of 512, times 2', 'optim.lr')
-    | from_source('DeiT: mixup .8, cutmix 1, smoothing .1', 'options')
-    | from_source(
-        'DeiT: RandAugment 9/0.5 and erasing .25; its repeated augmentation is not used here', 'data.views'
-    )
-    | from_source('DeiT: one [CLS]', 'encoder.prefix')
-    | from_source('the method has one network', 'eval_model'),
-)
 
 # %% ../../nbs/papers/10_pretraining.ipynb #c86b1e2a
 def with_absolute_positions(

@@ -12,12 +12,12 @@ from pathlib import Path
 from ..core.errors import StudyError
 from ..engine.files import write_atomic
 from ..papers.scales import SCALES
-from ..papers.tables import TABLES, Table
+from ..papers.table_classes import Table
+from ..papers.tables import TABLES
 from .statistics import TableRecords, table_records
+from .sentences import all_sentences, answer
 from mimstudy.report.tables import (
     NONE,
-    all_sentences,
-    answer,
     has_paper_numbers,
     markdown_table,
     measured_columns,
@@ -139,7 +139,8 @@ def readme_block(
         f'top-1 in %, {number}. {noise}; brackets are 95 % intervals of the difference from the baseline '
         '(random initialisation for a method, the method without proxies for one with proxies).'
     )
-    sentences = '\n'.join(f'- {sentence}' for sentence in answer(table, records))
+    about_proxies = answer(table, records)[:2]  # one sentence for each column
+    sentences = '\n'.join(f'- {sentence}' for sentence in about_proxies)
     return '\n\n'.join([title, compact_table(table, records), sentences, more])
 
 

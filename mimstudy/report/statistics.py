@@ -13,7 +13,7 @@ from typing import NamedTuple
 from scipy.special import stdtrit
 
 from ..papers.experiments import table_experiment
-from ..papers.tables import Column, Row, Table
+from ..papers.table_classes import Column, Row, Table
 from ..study.records import RecordStore
 
 # %% ../../nbs/report/10_statistics.ipynb #48ec1413

@@ -10,7 +10,7 @@ __all__ = ['ENCODER', 'DATA', 'MULTICROP', 'MASK', 'TOKENIZER', 'OPTIM', 'OPTION
 from ..core.errors import StudyError
 from ..engine.training_config import DownstreamConfig, PretrainConfig
 from ..papers.experiments import run_suffix, slug, used_values
-from ..papers.tables import PROBES
+from ..papers.table_classes import PROBES
 
 # %% ../../nbs/study/18_old_records.ipynb #d97a9bf7
 ENCODER = {
@@ -78,10 +78,7 @@ def _mask(flat):
 
 def _options(flat):
     "The options of the constructor under their new names."
-    options = {OPTIONS.get(name, name): value for name, value in flat['options'].items()}
-    if options.get('dictionary') == 'picture':
-        options['dictionary'] = 'image'
-    return options
+    return {OPTIONS.get(name, name): value for name, value in flat['options'].items()}
 
 
 def _optim(flat):

@@ -32,7 +32,7 @@ from ..engine.training_log import print_event, progress_style
 from ..evaluate.catalogue import PROTOCOLS, evaluate
 from ..evaluate.linear import LBFGS_STEPS, PENALTIES
 from ..papers.experiments import Experiment
-from ..papers.tables import PROBES
+from ..papers.table_classes import PROBES
 from ..parts.encoder import Encoder, attention
 from ..parts.views import normalise, resize_only
 from .build import build_batch_function, build_encoder, build_task, evaluated_encoder

@@ -21,7 +21,7 @@ from ..core.settings import resolve_device, settings
 from ..engine.files import report_write_errors
 from ..papers.experiments import Experiment, slug
 from ..papers.tables import TABLES
-from .plan import Step, check_datasets, plan, title
+from .plan import Step, check_datasets, title
 from .processes import ProcessGroup, child_environment, execute, run_notebook
 from .progress import ProgressDisplay
 from .records import RecordStore

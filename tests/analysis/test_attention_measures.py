@@ -1,4 +1,5 @@
-"Maps and measures of attention: parity with public code, slow twins, closed forms, symmetries."
+"""Maps and measures of attention: parity with public code, reference implementations, closed forms,
+symmetries."""
 
 import math
 
@@ -60,7 +61,8 @@ def test_uniform_attention_has_the_mean_distance(golden, side):
 
 
 def test_wrong_variants_would_be_seen(golden):
-    "The prefix counted as a patch, the two options mixed up, or a row-major slip: each moves the numbers by far more than the tolerance."
+    """The prefix counted as a patch, the two options mixed up, or a row-major slip: each moves the numbers
+    by far more than the tolerance."""
     tensors = golden('attention_distance')
     weights, right = tensors['k8.attn'], tensors['k8.distance']
     for wrong in (
@@ -70,7 +72,7 @@ def test_wrong_variants_would_be_seen(golden):
         assert (wrong - right).abs().max() > 1e-2 * right.max()
 
 
-# slow twins
+# reference implementations
 
 
 def test_maps_agree_with_loops(g):

@@ -4,16 +4,15 @@ import pytest
 import torch
 from torch import nn
 
+from mimstudy.core.scene_objects import SHAPES, draw_objects
 from mimstudy.core.scenes import (
-    _OBJECTS,
     BACKGROUNDS,
     CHUNK,
     CLASSES,
     OBJECTS,
     REGIONS,
     SLOTS,
-    _boxes,
-    _shapes,
+    boxes_around,
     scenes,
 )
 
@@ -115,7 +114,7 @@ def test_boxes_at_the_border_of_the_image():
     mask = torch.zeros(1, 3, 5, 5, dtype=torch.bool)
     mask[0, 0, 0, 0] = True
     mask[0, 1, 4, 4] = True
-    assert _boxes(mask)[0].tolist() == [[0, 0, 1, 1], [4, 4, 5, 5], [-1, -1, -1, -1]]
+    assert boxes_around(mask)[0].tolist() == [[0, 0, 1, 1], [4, 4, 5, 5], [-1, -1, -1, -1]]
 
 
 # -- shapes of objects --------------------------------------------------------------------------------------
@@ -125,7 +124,7 @@ def draw_one(name, radius, angle, phase, centre, size):
     "Signed distance and texture (size,size) of a single object."
     values = (OBJECTS.index(name), radius, angle, phase)
     parameters = [torch.tensor([[value]]) for value in values]
-    distance, texture = _shapes(*parameters, torch.tensor([[centre]]), size)
+    distance, texture = draw_objects(*parameters, torch.tensor([[centre]]), size)
     return distance[0, 0], texture[0, 0]
 
 
@@ -148,7 +147,7 @@ def test_ball_is_a_disc():
 
 def test_every_shape_has_an_inside_and_an_outside():
     u, v = torch.meshgrid(torch.linspace(-2, 2, 81), torch.linspace(-2, 2, 81), indexing='xy')
-    for shape in _OBJECTS.values():
+    for shape in SHAPES.values():
         distance, texture = shape(u, v, torch.zeros(1))
         assert distance.isfinite().all() and texture.isfinite().all()
         assert (distance < 0).any()

@@ -1,59 +1,53 @@
-"What every method of the catalogue must hold, whatever it is: run over METHODS, so a new line is tested the moment it is there."
+"""What every method must hold: run over the catalogue with the published configurations at smoke scale.
+
+A new method is tested as soon as it has its line in the catalogue and its configuration."""
 
 import copy
 
 import pytest
 import torch
+
 from mimstudy.core.errors import StudyError
 from mimstudy.core.scenes import scenes
-from mimstudy.engine.config import Recipe
-from mimstudy.methods.catalogue import METHODS, MIM_METHODS
-from mimstudy.study.build import build_batch_function, build_mask, build_task, evaluated_encoder
 from mimstudy.engine.datasets import InMemoryDataset
+from mimstudy.methods.catalogue import METHODS, MIM_METHODS
+from mimstudy.methods.semanticmim import semanticmim
+from mimstudy.papers.pretraining import PRETRAININGS, with_absolute_positions, with_proxies
+from mimstudy.papers.scales import at_scale
+from mimstudy.parts.ema import EMATeacher
+from mimstudy.study.build import build_batch_function, build_mask, build_task, evaluated_encoder
 
 IMAGES = scenes(32, size=32, seed=0)
-SET = InMemoryDataset(IMAGES.images, IMAGES.label, ['any'] * 12)
-BLIND = [*(m.__name__ for m in MIM_METHODS), *(f'semanticmim({m.__name__})' for m in MIM_METHODS)]
-OPTIONS = {
-    'mocov3': dict(hidden=32, out=16),
-    'dino': dict(out=24, hidden=32, bottleneck=8, frozen=0),
-    'ibot': dict(out=24, hidden=32, bottleneck=8, frozen=0),
-}
-FEEDS = {
-    'mocov3': dict(views='two'),
-    'dino': dict(views='multicrop', locals=2, local_size=16),
-    'ibot': dict(views='multicrop', locals=2, local_size=16, mask='chance'),
-}
+DATASET = InMemoryDataset(IMAGES.images, IMAGES.label, ['any'] * 12)
+BASELINES = {semanticmim(method).__name__: method.__name__ for method in MIM_METHODS}  # of those with proxies
 
 
-def read_config(name):
-    contrast = 'conmim' in name
-    small = dict(hidden=32, out=16) if contrast else OPTIONS.get(name, {})
-    make_batch = dict(views='weak,strong') if contrast else FEEDS.get(name, {})
-    return Recipe(
-        name='contract',
-        method=name,
-        options=small,
-        tokenizer='kmeans',
-        size=32,
-        patch=8,
-        width=32,
-        depth=2,
-        heads=2,
-        prefix=8 if name.startswith('semanticmim') else 1,
-        codes=16,
-        ratio=0.6,
-        batch=8,
-        **make_batch,
-    )
+def published_config(name):
+    """The first published configuration of a method; with proxies, otherwise that of its baseline with
+    proxies."""
+    for config in PRETRAININGS.values():
+        if config.method == name:
+            return config
+    assert name in BASELINES, f'{name} has no configuration in papers.pretraining'
+    return with_proxies(with_absolute_positions(published_config(BASELINES[name])), 'no source')
 
 
-def made(name, batch=8, seed=0):
-    recipe = read_config(name)
-    task = build_task(recipe, SET, seed)
-    return task, build_batch_function(recipe)(
-        IMAGES.images[:batch], IMAGES.label[:batch], torch.Generator().manual_seed(seed)
-    )
+def config_of(name):
+    return at_scale(published_config(name), 'smoke')
+
+
+def build(name, batch=8, seed=0):
+    "A task and a batch of it."
+    config = config_of(name)
+    task = build_task(config, DATASET, seed)
+    make_batch = build_batch_function(config)
+    generator = torch.Generator().manual_seed(seed)
+    return task, make_batch(IMAGES.images[:batch], IMAGES.label[:batch], generator)
+
+
+def teacher_of(task):
+    "The EMA teacher of a task, or None."
+    return next((module for module in task.modules() if isinstance(module, EMATeacher)), None)
 
 
 @pytest.fixture(params=list(METHODS))
@@ -61,135 +55,131 @@ def name(request):
     return request.param
 
 
-def test_loss_is_finite_and_gradients_reach_the_encoder_only(name):
-    task, batch = made(name)
-    loss = task(batch, 0.0)['loss']
+def test_loss_is_finite_and_gradients_reach_the_encoder(name):
+    task, batch = build(name)
+    loss = task(batch, 0.5)['loss']
     assert loss.ndim == 0 and loss.isfinite()
     loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in task.encoder.blocks.parameters())
-    frozen = [p for p in task.parameters() if not p.requires_grad]
-    assert all(p.grad is None for p in frozen)
-    if hasattr(task, 'target'):
-        assert not any(p.requires_grad for p in task.target.parameters())
+    for p in task.encoder.blocks.parameters():
+        assert p.grad is not None and p.grad.isfinite().all()
+    for p in task.parameters():
+        assert p.requires_grad or p.grad is None
 
 
 def test_same_seed_same_loss(name):
-    losses = [made(name)[0](made(name)[1], 0.3)['loss'].item() for _ in range(2)]
-    assert losses[0] == losses[1]
-    assert made(name, seed=1)[0](made(name, seed=1)[1], 0.3)['loss'].item() != losses[0]
+    def loss(seed):
+        task, batch = build(name, seed=seed)
+        return task(batch, 0.3)['loss'].item()
+
+    assert loss(0) == loss(0)
+    assert loss(1) != loss(0)
 
 
-@pytest.mark.parametrize('blind', BLIND)
-def test_a_hidden_pixel_cannot_reach_the_prediction(blind):
-    task, batch = made(blind)
+def test_a_hidden_pixel_cannot_reach_the_prediction(name):
+    task, batch = build(name)
+    if batch.mask is None or not hasattr(task, 'predict'):
+        pytest.skip(f'{name} has no masks, or no predict(batch)')
     task.eval()
-    x, mask = batch.views[0], batch.mask
-    holes = mask.hidden.reshape(-1, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    x, patch, grid = batch.views[0], task.encoder.patch, task.encoder.grid
+    hidden = batch.mask.hidden.reshape(-1, 1, *grid).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
     noise = torch.randn_like(x)
+
+    def predict(view):
+        return task.predict(batch._replace(views=[view, *batch.views[1:]]))
+
     with torch.no_grad():
-        plain = task.predict(batch)
-        assert task.predict(batch._replace(views=[torch.where(holes, noise, x), *batch.views[1:]])).equal(
-            plain
-        )
-        assert not task.predict(batch._replace(views=[torch.where(holes, x, noise), *batch.views[1:]])).equal(
-            plain
-        )
+        unchanged = task.predict(batch)
+        assert predict(torch.where(hidden, noise, x)).equal(unchanged)
+        assert not predict(torch.where(hidden, x, noise)).equal(unchanged)
 
 
-@pytest.mark.parametrize('blind', [n for n in BLIND if n.startswith('semanticmim')])
-def test_proxies_are_the_only_road(blind):
-    "With the proxies held still, no pixel, visible or not, moves a mask token."
-    task, batch = made(blind)
+@pytest.mark.parametrize('proxied', BASELINES)
+def test_pixels_reach_mask_tokens_through_the_proxies_only(proxied):
+    "With constant proxies, the mask tokens do not depend on the image."
+    task, batch = build(proxied)
     pathway = task.pathway.eval()
-    still = torch.randn(len(batch.views[0]), pathway.encoder.P, pathway.width)
+    constant = torch.randn(len(batch.views[0]), pathway.encoder.P, pathway.width)
+
+    def replace_proxies(module, args, out):
+        return torch.cat([constant, out[:, constant.shape[1] :]], 1)
+
     for block in pathway.encoder.blocks:
-        block.register_forward_hook(lambda m, args, out: torch.cat([still, out[:, still.shape[1] :]], 1))
+        block.register_forward_hook(replace_proxies)
     with torch.no_grad():
-        a, b = (pathway(x, batch.mask) for x in (batch.views[0], torch.randn_like(batch.views[0])))
-    assert a.equal(b)
+        outputs = [pathway(x, batch.mask) for x in (batch.views[0], torch.randn_like(batch.views[0]))]
+    assert outputs[0].equal(outputs[1])
 
 
-def test_teacher_moves_by_one_minus_alpha(name):
-    task, batch = made(name)
-    teacher_names = [
-        n
-        for n, p in task.named_parameters()
-        if not p.requires_grad and n.startswith(('target.', 'teacher.'))
-    ]
-    if not teacher_names:
+def test_the_teacher_moves_towards_the_student(name):
+    "All its parameters by the same share 1 − α, and α is not below its value at the start."
+    task, _ = build(name)
+    teacher = teacher_of(task)
+    if teacher is None:
         pytest.skip(f'{name} has no EMA teacher')
     with torch.no_grad():
         for p in task.parameters():
             if p.requires_grad:
                 p.add_(torch.randn_like(p))
-    parameters = dict(task.named_parameters())
-    before = {n: parameters[n].clone() for n in teacher_names}
+    old = [p.clone() for p in teacher.parameters()]
+    students = [p.detach().clone() for student in teacher.students for p in student.parameters()]
     task.after_step(0.5)
-    teacher = task.teacher if hasattr(task, 'teacher') else task.target.teacher
-    alpha = 1 - (1 - teacher.momentum) / 2
-    for n in teacher_names:
-        student = parameters[
-            n.replace('target.teacher.encoder.', 'pathway.encoder.')
-            .replace('target.teacher.head.', 'head.')
-            .removeprefix('teacher.')
-        ]
-        torch.testing.assert_close(parameters[n], alpha * before[n] + (1 - alpha) * student, rtol=1e-5, atol=1e-7)
+    new = list(teacher.parameters())
+
+    def flat(parameters):
+        return torch.cat([p.flatten() for p in parameters]).double()
+
+    distance = flat(students) - flat(old)
+    share = float((flat(new) - flat(old)) @ distance / distance.square().sum())  # 1 − α
+    assert 0 < share <= (1 - teacher.momentum) * (1 + 1e-4)
+    for before, student, after in zip(old, students, new, strict=True):
+        torch.testing.assert_close(after, before + share * (student - before), rtol=1e-5, atol=1e-6)
 
 
 def test_state_dict_round_trip(name):
-    task, batch = made(name)
-    other, _ = made(name, seed=5)
+    task, batch = build(name)
+    other, _ = build(name, seed=5)
     other.load_state_dict(copy.deepcopy(task.state_dict()))
     losses = []
     for one in (task, other):
-        torch.manual_seed(0)  # mixup and sampled codes draw from it
-        losses.append(one(batch, 0.1)['loss'])
+        torch.manual_seed(0)  # sampled codes draw from it
+        losses.append(one.eval()(batch, 0.5)['loss'])
     assert losses[0].equal(losses[1])
 
 
 def test_bfloat16_runs_with_losses_in_float32(name):
-    task, batch = made(name)
+    task, batch = build(name)
     with torch.autocast('cpu', torch.bfloat16):
         loss = task(batch, 0.0)['loss']
     assert loss.dtype == torch.float32 and loss.isfinite()
     assert {p.dtype for p in task.parameters()} == {torch.float32}
 
 
-REFUSE_ONE = {'mocov3': 'at least 2', 'deit': 'must be even'}
-
-
-def test_a_batch_of_one(name):
-    "Every method survives it, or says in one line why it cannot."
-    task, batch = made(name, batch=1)
-    if name not in REFUSE_ONE:
+def test_a_batch_of_one_image_works_or_is_refused_in_one_line(name):
+    task, batch = build(name, batch=1)
+    try:
         assert task(batch, 0.0)['loss'].isfinite()
-    else:
-        with pytest.raises(StudyError, match=REFUSE_ONE[name]) as e:
-            task(batch, 0.0)
-        assert '\n' not in str(e.value)
+    except StudyError as e:
+        assert 'batch' in str(e) and '\n' not in str(e)
 
 
-def test_the_encoder_that_is_kept(name):
-    task, _ = made(name)
-    recipe = read_config(name)
-    assert evaluated_encoder(recipe, task) is task.encoder
-    if getattr(task, 'teacher_encoder', None) is None:
+def test_evaluated_encoder(name):
+    task, _ = build(name)
+    config = config_of(name)
+    assert evaluated_encoder(config.but(eval_model='student'), task) is task.encoder
+    if teacher_of(task) is None:
         with pytest.raises(StudyError, match='no EMA teacher'):
-            evaluated_encoder(recipe.but(kept='teacher'), task)
-    else:
-        teacher = evaluated_encoder(recipe.but(kept='teacher'), task)
-        assert (
-            teacher is not task.encoder
-            and teacher.config == task.encoder.config
-            and not any(p.requires_grad for p in teacher_names.parameters())
-        )
+            evaluated_encoder(config.but(eval_model='teacher'), task)
+        return
+    teacher = evaluated_encoder(config.but(eval_model='teacher'), task)
+    assert teacher is not task.encoder and teacher.config == task.encoder.config
+    assert not any(p.requires_grad for p in teacher.parameters())
 
 
 def test_masks_reach_every_patch(name):
-    "No patch is always visible or always hidden, so every position embedding is trained."
-    recipe = read_config(name)
-    hidden = build_mask(recipe, 200, torch.Generator().manual_seed(0)).hidden.float().mean(0)
-    low, high = (
-        (0.05, 0.5) if recipe.mask == 'chance' else (0.3, 0.9)
-    )  # iBOT hides on half of the crops, and less
-    assert hidden.min() > low and hidden.max() < high
+    "No patch is nearly always visible or nearly always hidden, so every position embedding is trained."
+    config = config_of(name)
+    if config.mask is None:
+        pytest.skip(f'{name} has no masks')
+    hidden = build_mask(config, 200, torch.Generator().manual_seed(0)).hidden.float().mean(0)
+    for share in (hidden, 1 - hidden):  # of 200 masks in which a patch is hidden, and visible
+        assert share.min() > share.mean() / 3

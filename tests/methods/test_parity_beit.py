@@ -1,4 +1,5 @@
-"BEiT's own pre-training (mask tokens in place, relative positions) against the official code: tokens, logits, loss, every gradient."
+"""BEiT's own pre-training (mask tokens in place, relative positions) against the official code: tokens,
+logits, loss, every gradient."""
 
 import pytest
 import torch

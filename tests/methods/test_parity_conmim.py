@@ -1,4 +1,5 @@
-"ConMIM's pre-training model against the official code: tokens, projector, loss, every gradient, batch-norm statistics, the EMA teacher's step."
+"""ConMIM's pre-training model against the official code: tokens, projector, loss, every gradient, batch-
+norm statistics, the EMA teacher's step."""
 
 import pytest
 import torch
@@ -82,7 +83,10 @@ def test_training_step(g):
 
 def close_buffers(task, g):
     ours = dict(task.named_buffers())
-    for prefix, head in (('train.student_buffer.', 'head.'), ('train.teacher_buffer.', 'target.teacher.head.')):
+    for prefix, head in (
+        ('train.student_buffer.', 'head.'),
+        ('train.teacher_buffer.', 'target.teacher.head.'),
+    ):
         for k, v in sub(g, prefix).items():
             assert_close(ours[head + k.removeprefix('projectors.')], v)
 

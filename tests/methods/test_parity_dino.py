@@ -1,4 +1,5 @@
-"DINO against the official code: loss, gradient, centre and temperature over three calls, head, schedules; and what must hold besides."
+"""DINO against the official code: loss, gradient, centre and temperature over three calls, head, schedules;
+and what must hold besides."""
 
 import numpy as np
 import pytest
@@ -169,7 +170,8 @@ def test_the_teacher_has_no_stochastic_depth():
 
 
 def test_a_crop_of_another_size_is_another_grid():
-    "At the encoder's size nothing changes; elsewhere the tokens are those of an encoder of that size with resized positions."
+    """At the encoder's size nothing changes; elsewhere the tokens are those of an encoder of that size with
+    resized positions."""
     torch.manual_seed(0)
     large, x = Encoder(size=32, patch=8, width=32, depth=2, heads=2, prefix=3), torch.randn(2, 3, 16, 24)
     whole = torch.randn(2, 3, 32, 32)

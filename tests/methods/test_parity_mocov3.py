@@ -1,4 +1,5 @@
-"MoCo v3 against the official code: losses, gradient, heads with their running statistics, positions, schedules; and two processes (for DINO's centre too)."
+"""MoCo v3 against the official code: losses, gradient, heads with their running statistics, positions,
+schedules; and two processes (for DINO's centre too)."""
 
 import numpy as np
 import pytest
@@ -55,7 +56,8 @@ def test_projector_and_predictor(golden):
         assert not unexpected and all('running' in k or 'num_batches' in k for k in missing)
         x = mlp.train()(x)
         assert_close(x.detach(), g[out])
-        # the statistics before that forward are not in the file; what they must have been is what the fixture drew: N(0, .1) and 1 + .1 |N|
+        # the statistics before that forward are not in the file; what they must have been is what the
+        # fixture drew: N(0, .1) and 1 + .1 |N|
         for k in (k for k in stored if 'running' in k):
             drawn = (stored[k] - mlp.state_dict()[k]) / 0.9 + ('var' in k)
             assert drawn.abs().max() < 0.4 if 'mean' in k else (drawn.min() > 1 and drawn.max() < 1.4)

@@ -1,4 +1,5 @@
-"SemanticMIM on BEiT and on MaskFeat against the official code: hidden states, losses, every gradient, features, attention."
+"""SemanticMIM on BEiT and on MaskFeat against the official code: hidden states, losses, every gradient,
+features, attention."""
 
 import pytest
 import torch

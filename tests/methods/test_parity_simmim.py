@@ -11,7 +11,8 @@ from mimstudy.parts.targets import unpatchify
 
 
 def by_pixel(w):
-    "Rows of the official decoder (colour, row, column, for a pixel shuffle) in the order of our patches (row, column, colour)."
+    """Rows of the official decoder (colour, row, column, for a pixel shuffle) in the order of our patches
+    (row, column, colour)."""
     return w.view(3, 16, 16, *w.shape[1:]).permute(1, 2, 0, *range(3, w.ndim + 2)).flatten(0, 2)
 
 
@@ -44,7 +45,8 @@ def test_features_and_reconstruction(case):
 
 
 def test_loss_and_gradients(case):
-    "The official loss adds 1e-5 to the number of masked pixels, of which there are thousands: far below the tolerance."
+    """The official loss adds 1e-5 to the number of masked pixels, of which there are thousands: far below
+    the tolerance."""
     g, task, batch = case
     task.zero_grad()
     loss = task(batch, 0.0)['loss']

@@ -360,7 +360,8 @@ def test_a_switch_has_an_effect(point):
 
 
 def test_position_embeddings_of_proxies_are_part_of_the_proxies():
-    "SemanticMIM 12: adding the embedding of each proxy to the proxy, and setting it to zero, changes nothing."
+    """SemanticMIM 12: adding the embedding of each proxy to the proxy, and setting it to zero, changes
+    nothing."""
     torch.manual_seed(0)
     path = Proxy(Encoder(size=32, patch=8, width=32, depth=2, heads=2, prefix=4)).eval()
     x, mask = torch.randn(2, 3, 32, 32), random_mask(2, (4, 4), 0.5, seeded())

@@ -7,7 +7,8 @@ import pytest
 from mimstudy.core.errors import StudyError
 from mimstudy.papers.downstream import DOWNSTREAM
 from mimstudy.papers.pretraining import PRETRAININGS
-from mimstudy.papers.tables import FEATURES, PROBES, SEMANTICMIM_T1, TABLES
+from mimstudy.papers.table_classes import FEATURES, PROBES
+from mimstudy.papers.tables import SEMANTICMIM_T1, TABLES
 
 PRINTED_DIFFERENCES = {  # in SemanticMIM Table 1, in brackets
     'beit+semanticmim': (
