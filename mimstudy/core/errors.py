@@ -11,7 +11,7 @@ from difflib import get_close_matches
 
 # %% ../../nbs/core/00_errors.ipynb #4fb963e4
 class StudyError(Exception):
-    "A mistake that the user can correct; its message is one line that names the cause and what would be valid."
+    "A mistake that the user can correct; one line names the cause and what would be valid."
 
     def _render_traceback_(self):
         return [f'{type(self).__name__}: {self}']

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['BACKGROUNDS', 'uniform', 'pixel_grid', 'soft_step', 'draw_backgrounds']
 
-# %% ../../nbs/core/26_scene_backgrounds.ipynb #8c41c158
+# %% ../../nbs/core/26_scene_backgrounds.ipynb #3d4589f6
 from math import pi
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
-# %% ../../nbs/core/26_scene_backgrounds.ipynb #e1ec63e2
+# %% ../../nbs/core/26_scene_backgrounds.ipynb #70176f41
 def uniform(
     low: float,  # smallest value
     high: float,  # largest value
@@ -38,7 +38,7 @@ def soft_step(
     "0 for negative numbers and 1 for positive ones, with a linear transition around 0."
     return (0.5 + slope * x).clamp(0, 1)
 
-# %% ../../nbs/core/26_scene_backgrounds.ipynb #4924361f
+# %% ../../nbs/core/26_scene_backgrounds.ipynb #c7a4835e
 def _noise(count, rows, columns, size, generator):
     "Smooth noise (count,S,S), about 0 … 1, from random grids of `rows` × `columns` numbers."
     grid = torch.rand(count, 1, rows, columns, generator=generator)
@@ -62,7 +62,7 @@ def _wave(x):
     "A sine wave between 0 and 1."
     return 0.5 + 0.5 * torch.sin(x)
 
-# %% ../../nbs/core/26_scene_backgrounds.ipynb #ab8cfb39
+# %% ../../nbs/core/26_scene_backgrounds.ipynb #6f3ecba2
 def _sky(x, y, count, generator):
     clouds = 3.2 * (_octave_noise(count, 3, len(x), generator) - 0.52).clamp(min=0)
     return 0.75 * (1 - y) + clouds
@@ -84,7 +84,7 @@ def _water(x, y, count, generator):
     frequency = _per_image(count, 30, 50, generator)
     return _wave(frequency * y + 9 * _noise(count, 8, 3, len(x), generator)) ** 2
 
-# %% ../../nbs/core/26_scene_backgrounds.ipynb #a4008dcc
+# %% ../../nbs/core/26_scene_backgrounds.ipynb #3e06a6dd
 def _brick(x, y, count, generator):
     rows = _per_image(count, 6, 10, generator)
     down = y * rows
@@ -112,7 +112,7 @@ def _cloth(x, y, count, generator):
     down = torch.sin(frequency * y)
     return 0.5 + 0.25 * (across + down + across * down)
 
-# %% ../../nbs/core/26_scene_backgrounds.ipynb #01dc7323
+# %% ../../nbs/core/26_scene_backgrounds.ipynb #9842c36f
 _TEXTURES = dict(  # name -> function, dark colour, light colour
     sky=(_sky, (0.35, 0.6, 0.9), (0.95, 0.97, 1.0)),
     grass=(_grass, (0.1, 0.3, 0.08), (0.5, 0.72, 0.25)),
@@ -125,7 +125,7 @@ _TEXTURES = dict(  # name -> function, dark colour, light colour
 )
 BACKGROUNDS = tuple(_TEXTURES)
 
-# %% ../../nbs/core/26_scene_backgrounds.ipynb #ca35b98b
+# %% ../../nbs/core/26_scene_backgrounds.ipynb #c1af7ade
 def _random_colours(pair, generator):
     "The dark and the light colours of the textures of each image, each (count,2,3,1,1)."
     colours = torch.tensor([colours for _, *colours in _TEXTURES.values()])[pair]
@@ -144,7 +144,7 @@ def _below_border(x, y, count, generator):
     from_line = y - height - slope * (x - 0.5)
     return from_line - amplitude * torch.sin(frequency * x + phase)
 
-# %% ../../nbs/core/26_scene_backgrounds.ipynb #188b5653
+# %% ../../nbs/core/26_scene_backgrounds.ipynb #874de8d7
 def draw_backgrounds(
     count: int,  # B, number of images
     size: int,  # S, side in pixels

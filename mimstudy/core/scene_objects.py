@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPES', 'OBJECTS', 'draw_objects']
 
-# %% ../../nbs/core/28_scene_objects.ipynb #0eacbac9
+# %% ../../nbs/core/28_scene_objects.ipynb #9e3ee6f4
 from math import cos, pi, sin
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .scene_backgrounds import pixel_grid, soft_step
 
-# %% ../../nbs/core/28_scene_objects.ipynb #40940d63
+# %% ../../nbs/core/28_scene_objects.ipynb #d4bcec8d
 def _from_centre(u, v):
     return (u * u + v * v).sqrt()
 
@@ -50,7 +50,7 @@ def _moon(u, v, phase):
     distance = torch.maximum(_from_centre(u, v) - 1, 0.75 - _from_centre(u - 0.5, v))
     return distance, 0.5 + 0.5 * v
 
-# %% ../../nbs/core/28_scene_objects.ipynb #3cb41b58
+# %% ../../nbs/core/28_scene_objects.ipynb #f0ac1337
 def _star(u, v, phase):
     radius = _from_centre(u, v)
     angle = pi / 5 - (torch.atan2(u, -v) % (2 * pi / 5) - pi / 5).abs()
@@ -71,7 +71,7 @@ def _flower(u, v, phase):
     distance = radius - 0.72 - 0.26 * torch.cos(5 * torch.atan2(u, v))
     return distance, soft_step(0.32 - radius)
 
-# %% ../../nbs/core/28_scene_objects.ipynb #a320d269
+# %% ../../nbs/core/28_scene_objects.ipynb #68b97be9
 def _tree(u, v, phase):
     crown = _from_centre(u, v + 0.35) - 0.65
     trunk = _rectangle(u, v - 0.6, 0.15, 0.4)
@@ -96,7 +96,7 @@ def _fish(u, v, phase):
     eye = _from_centre(u - 0.5, v + 0.1) < 0.13
     return torch.minimum(body, tail), torch.where(eye, 1, stripes)
 
-# %% ../../nbs/core/28_scene_objects.ipynb #35e085ed
+# %% ../../nbs/core/28_scene_objects.ipynb #4b714669
 SHAPES = dict(  # class -> function (u, v, phase) -> signed distance, texture
     ball=_ball,
     box=_box,
@@ -123,7 +123,7 @@ def _unscaled_area(shape, size=256):
 
 _SCALES = torch.stack([_unscaled_area(shape) for shape in SHAPES.values()]).rsqrt()
 
-# %% ../../nbs/core/28_scene_objects.ipynb #1de20947
+# %% ../../nbs/core/28_scene_objects.ipynb #564981ca
 def _stripes(number, x, y, phase):
     "The stripes of class `number` (n,S,S), 0 … 1."
     angle = pi * (number % 6) / 6
@@ -131,7 +131,7 @@ def _stripes(number, x, y, phase):
     along = cos(angle) * x + sin(angle) * y
     return soft_step(torch.sin(2 * pi * frequency * along + phase), 2)
 
-# %% ../../nbs/core/28_scene_objects.ipynb #b1b18532
+# %% ../../nbs/core/28_scene_objects.ipynb #af85ab4e
 def draw_objects(
     kind: Tensor,  # (B,O) long: index into `OBJECTS`, -1 for none
     radius: Tensor,  # (B,O): square root of the area, in sides of the image

@@ -60,7 +60,7 @@ class _Layout(NamedTuple):
     first: Tensor  # (CHUNK,O,3): colour where the texture is 0
     second: Tensor  # (CHUNK,O,3): colour where the texture is 1
 
-# %% ../../nbs/core/30_scenes.ipynb #91e9a7b5
+# %% ../../nbs/core/30_scenes.ipynb #514e3f61
 def _random_objects(chunk, generator):
     "Class, radius and centre of the objects; the large object is in slot 0."
     shape = (CHUNK, SLOTS)
@@ -100,7 +100,7 @@ def _random_layout(chunk, generator):
 
 # %% ../../nbs/core/30_scenes.ipynb #c01dece8
 def _paint_objects(images, maps, layout):
-    "Paint objects over backgrounds (CHUNK,3,S,S) and their maps: images, maps and visible masks (CHUNK,O,S,S)."
+    "Paint objects over backgrounds (CHUNK,3,S,S); returns images, maps and visible masks (CHUNK,O,S,S)."
     size = images.shape[-1]
     distance, texture = draw_objects(*layout[:5], size)
     inside = distance < 0
@@ -163,7 +163,7 @@ def scenes(
     seed: int = 0,  # another seed gives other images; use different ones for training and testing
     start: int = 0,  # number of the first image
 ) -> Scenes:
-    "The images `start` … `start + n - 1` of a seed; each image depends only on the seed, its number and `size`."
+    "The images `start` … `start + n - 1` of a seed; each depends only on seed, number and size."
     first = start // CHUNK
     end = -(-(start + n) // CHUNK)
     chunks = [_make_chunk(chunk, size, seed) for chunk in range(first, end)]

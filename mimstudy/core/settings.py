@@ -19,7 +19,10 @@ from .errors import StudyError, check_name
 
 # %% ../../nbs/core/20_settings.ipynb #34a42f95
 def settings_file() -> Path:
-    "The path of the `settings.ini` in use, which need not exist; a `StudyError` if `MIMSTUDY_SETTINGS` is wrong."
+    """The path of the `settings.ini` in use; the file need not exist.
+
+    A `StudyError` if `MIMSTUDY_SETTINGS` is set to a path that is not a file.
+    """
     from_variable = os.environ.get('MIMSTUDY_SETTINGS')
     if from_variable:
         if not Path(from_variable).is_file():
@@ -49,7 +52,7 @@ class Settings:
     data: Path = Path('data')  # folder that holds datasets by name
     dataset_paths: dict[str, Path] = field(default_factory=dict)  # dataset name -> folder or archive
 
-# %% ../../nbs/core/20_settings.ipynb #c655f36e
+# %% ../../nbs/core/20_settings.ipynb #ea4dfa62
 def _read_ini(file):
     "The parsed settings file; empty if there is no file. A `StudyError` if it cannot be parsed."
     ini = ConfigParser(interpolation=None)
@@ -70,7 +73,7 @@ def _check_names(ini, file):
         for key in ini['study']:
             check_name(key, keys, f'key of {file.name} [study]')
 
-# %% ../../nbs/core/20_settings.ipynb #8204b613
+# %% ../../nbs/core/20_settings.ipynb #3a573907
 def _variable(key):
     return f'MIMSTUDY_{key.upper()}'
 
@@ -89,7 +92,7 @@ def _absolute(file, path):
     "A path as absolute; relative ones start at the folder of the settings file."
     return (file.parent / Path(path).expanduser()).resolve()
 
-# %% ../../nbs/core/20_settings.ipynb #e7c210fe
+# %% ../../nbs/core/20_settings.ipynb #8e57381e
 def _choice(ini, file, key, options):
     "The value of a key that has to be one of `options`; 'auto' by default."
     return check_name(_value(ini, key, 'auto'), options, f'value of {_origin(file, key)}')
@@ -105,7 +108,7 @@ def _workers(ini, file):
 
 
 def _dataset_paths(ini, file):
-    "Dataset name -> path, from the section [data] and the variables `MIMSTUDY_DATA_…`, which take precedence."
+    "Dataset name -> path, from the section [data] and the variables `MIMSTUDY_DATA_…`, which override it."
     paths = dict(ini.items('data')) if ini.has_section('data') else {}
     prefix = _variable('data_')
     for variable, path in os.environ.items():

@@ -20,7 +20,7 @@ class Batch(NamedTuple):
 
 # %% ../../nbs/core/10_task.ipynb #0eb5c4ef
 class Task(nn.Module):
-    "A loss that the training loop can minimise: a subclass defines `forward`, and the hooks if it needs them."
+    "A loss that the training loop minimises: subclasses define `forward`, and the hooks if they need them."
 
     sync_batch_norm = False  # whether batch norms share their statistics among processes (CUDA only)
     separate_crops = False  # whether views may come from different crops of an image

@@ -187,13 +187,29 @@ class Encoder(TokenInterface, VisionTransformer):
     ):
         check_shape(size, patch, width, heads)
         super().__init__(
-            img_size=size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads,
-            mlp_ratio=mlp_ratio, num_classes=0, reg_tokens=prefix - 1, drop_path_rate=drop_path,
+            img_size=size,
+            patch_size=patch,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            mlp_ratio=mlp_ratio,
+            num_classes=0,
+            reg_tokens=prefix - 1,
+            drop_path_rate=drop_path,
             init_values=layer_scale,
         )
         self.config = dict(
-            size=size, patch=patch, width=width, depth=depth, heads=heads, prefix=prefix, drop_path=drop_path,
-            layer_scale=layer_scale, mlp_ratio=mlp_ratio, init=init, mlp_drops=mlp_drops,
+            size=size,
+            patch=patch,
+            width=width,
+            depth=depth,
+            heads=heads,
+            prefix=prefix,
+            drop_path=drop_path,
+            layer_scale=layer_scale,
+            mlp_ratio=mlp_ratio,
+            init=init,
+            mlp_drops=mlp_drops,
         )
         init_encoder(self, init)
         set_mlp_drops(self.blocks, mlp_drops)

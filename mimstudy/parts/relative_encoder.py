@@ -37,14 +37,32 @@ class RelativeEncoder(TokenInterface, Beit):
                 'proxies need an absolute position embedding'
             )
         super().__init__(
-            img_size=size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads,
-            mlp_ratio=mlp_ratio, num_classes=0, global_pool='avg' if tuned else 'token',
-            drop_path_rate=drop_path, init_values=layer_scale,
-            use_abs_pos_emb=False, use_rel_pos_bias=tuned, use_shared_rel_pos_bias=not tuned,
+            img_size=size,
+            patch_size=patch,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            mlp_ratio=mlp_ratio,
+            num_classes=0,
+            global_pool='avg' if tuned else 'token',
+            drop_path_rate=drop_path,
+            init_values=layer_scale,
+            use_abs_pos_emb=False,
+            use_rel_pos_bias=tuned,
+            use_shared_rel_pos_bias=not tuned,
         )
         self.config = dict(
-            size=size, patch=patch, width=width, depth=depth, heads=heads, prefix=prefix, drop_path=drop_path,
-            layer_scale=layer_scale, mlp_ratio=mlp_ratio, init=init, mlp_drops=mlp_drops,
+            size=size,
+            patch=patch,
+            width=width,
+            depth=depth,
+            heads=heads,
+            prefix=prefix,
+            drop_path=drop_path,
+            layer_scale=layer_scale,
+            mlp_ratio=mlp_ratio,
+            init=init,
+            mlp_drops=mlp_drops,
         )
         if tuned:
             self.config['tuned'] = True

@@ -1,8 +1,9 @@
-"MAE against the official code: latent, prediction, both losses, every gradient."
+"MAE against the official code: latent, prediction, both losses and every gradient."
 
 import pytest
 import torch
 from conftest import assert_close, sub
+
 from mimstudy.core.task import Batch
 from mimstudy.methods.mae import mae
 from mimstudy.parts.encoder import Encoder
@@ -11,42 +12,40 @@ from mimstudy.parts.masks import gather, make_mask
 from mimstudy.parts.targets import Pixels, patchify
 
 
+DECODER = {  # official prefix -> ours; every other name belongs to the encoder
+    'mask_token': 'pathway.mask_token',
+    'decoder_embed.': 'pathway.decoder_embed.',
+    'decoder_blocks.': 'pathway.blocks.',
+    'decoder_norm.': 'pathway.norm.',
+    'decoder_pred.': 'head.',
+}
+
+
 def translated(state):
-    "Official MAE names -> ours."
-    out = {}
-    for k, v in state.items():
-        k = (
-            k.replace('decoder_embed.', 'pathway.decoder_embed.')
-            .replace('decoder_blocks.', 'pathway.blocks.')
-            .replace('decoder_norm.', 'pathway.norm.')
-            .replace('decoder_pred.', 'head.')
-        )
-        if k == 'mask_token':
-            k = 'pathway.mask_token'
-        if k == 'decoder_pos_embed':
+    "Official names -> ours, without the fixed position embeddings of the decoder."
+    ours = {}
+    for name, value in state.items():
+        if name == 'decoder_pos_embed':
             continue
-        out[k if k.startswith(('pathway.', 'head.')) else f'pathway.encoder.{k}'] = v
-    return out
+        official = next((prefix for prefix in DECODER if name.startswith(prefix)), '')
+        prefix = DECODER.get(official, 'pathway.encoder.')
+        ours[prefix + name.removeprefix(official)] = value
+    return ours
 
 
 @pytest.fixture(scope='module')
 def case(golden):
     g = golden('mae')
-    task = mae(
-        Encoder(size=64, patch=8, width=32, depth=2, heads=4, mlp_ratio=2),
-        norm=False,
-        width=24,
-        depth=1,
-        heads=4,
-    )
+    encoder = Encoder(size=64, patch=8, width=32, depth=2, heads=4, mlp_ratio=2)
+    task = mae(encoder, norm=False, width=24, depth=1, heads=4)
     task.load_state_dict(translated(sub(g, 'model.')))
     return g, task, Batch([g['images'].float()], make_mask(g['mask'].bool()))
 
 
 def test_latent_and_prediction(case):
     g, task, batch = case
-    kept = g['noise'].argsort(1)[:, :16]  # the official order of the visible patches; ours is raster order
-    order = kept.argsort(1)
+    visible = g['noise'].argsort(1)[:, :16]  # in the official order; ours is raster order
+    order = visible.argsort(1)
     latent = torch.cat([g['latent'][:, :1], gather(g['latent'][:, 1:], order)], 1)
     assert_close(task.pathway.latent(batch.views[0], batch.mask), latent)
     assert_close(task.predict(batch), gather(g['pred'], batch.mask.predict))

@@ -51,7 +51,8 @@ x = torch.load(sys.argv[2], weights_only=True)
 config = json.load(open(f'{folder}/config.json'))
 hub = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
 weights = f'{folder}/model.safetensors'
-file = timm.create_model(config['architecture'], num_classes=0, checkpoint_path=weights, **config['model_args'])
+options = dict(num_classes=0, checkpoint_path=weights, **config['model_args'])
+file = timm.create_model(config['architecture'], **options)
 models = (hub, file.eval())
 assert not any(name.startswith('mimstudy') for name in sys.modules)
 with torch.no_grad():
