@@ -267,7 +267,8 @@ def test_links_between_notebooks_lead_somewhere():
 # -- vocabulary ------------------------------------------------------------------------------------
 
 WORDS = (
-    r'pictures?|data sets?|slow cop(?:y|ies)|slow twins?|slow network|doors?|this (?:room|house|floor)|the house|'
+    r'pictures?|data sets?|slow cop(?:y|ies)|slow twins?|slow network|doors?|this (?:room|house|floor)|'
+    r'the house|'
     r'sureness|mean asked|journals?|crew|followers?|promises?|pric(?:e|es|ey)|trained on top|simply|note that'
 )
 PRIVATE_WORDS = re.compile(rf'\b({WORDS})\b', re.I)

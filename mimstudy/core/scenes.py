@@ -60,7 +60,7 @@ class _Layout(NamedTuple):
     first: Tensor  # (CHUNK,O,3): colour where the texture is 0
     second: Tensor  # (CHUNK,O,3): colour where the texture is 1
 
-# %% ../../nbs/core/30_scenes.ipynb #514e3f61
+# %% ../../nbs/core/30_scenes.ipynb #8df7fb64
 def _random_objects(chunk, generator):
     "Class, radius and centre of the objects; the large object is in slot 0."
     shape = (CHUNK, SLOTS)

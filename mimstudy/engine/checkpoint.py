@@ -25,7 +25,7 @@ def save_checkpoint(
     out: Path,  # the run's folder
     state: dict,  # tensors and plain values
 ) -> None:
-    "Replace the folder's checkpoint; if it cannot be written, the last one is untouched."
+    "Replace the folder's checkpoint; if it cannot be written, the last one stays unchanged."
     for unfinished in out.glob('.checkpoint.pt.*.part'):  # of a run that was killed while writing
         unfinished.unlink(missing_ok=True)
 
@@ -36,7 +36,7 @@ def save_checkpoint(
     write_atomic(
         out / 'checkpoint.pt',
         write,
-        'the last checkpoint is untouched; free some space and run the same again',
+        'the last checkpoint is unchanged; free some space and run the training again',
     )
 
 
@@ -52,7 +52,7 @@ def load_checkpoint(
     except (RuntimeError, UnpicklingError, EOFError, OSError):
         raise StudyError(f'{file} cannot be read; delete it to begin again') from None
     if not isinstance(state, dict):
-        raise StudyError(f'{file} is no checkpoint of a training; delete it to begin again')
+        raise StudyError(f'{file} is not a checkpoint of a training; delete it to begin again')
     return state
 
 # %% ../../nbs/engine/38_checkpoint.ipynb #3effe5c3
@@ -61,7 +61,7 @@ def identity(
     seed: int,
     images: int,  # number of training images
 ) -> dict:  # plain values
-    "What a training is recognised by."
+    "The values that identify a training: its configuration, seed and number of images."
     return dict(config=config.to_json(), seed=seed, images=images)
 
 
@@ -85,8 +85,7 @@ def check_identity(
     missing = ours.keys() - saved.keys()
     if missing:
         raise StudyError(
-            f'{out} does not say its {min(missing)}: it is no training of this version; '
-            'delete it to begin again'
+            f'{out} has no {min(missing)}: it was not written by this version; delete it to begin again'
         )
     there = _flat({name: saved[name] for name in ours})
     here = _flat(ours)
@@ -102,7 +101,7 @@ def check_identity(
 def first_mismatch(
     e: Exception,  # from `load_state_dict`
 ) -> str:  # one line
-    "What PyTorch found first when a state did not fit; the first line of its message is a heading."
+    "The first mismatch that PyTorch reports; the first line of its message is only a heading."
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     if len(lines) > 1:
         return lines[1]
@@ -111,7 +110,7 @@ def first_mismatch(
 
 def load_state(
     module,  # a task, its optimiser or the scaler of its loss
-    state: dict,  # its former `state_dict()`
+    state: dict,  # its saved `state_dict()`
     out: Path,  # for the message
 ) -> None:
     "Load a state; a `StudyError` names the first thing that does not fit."

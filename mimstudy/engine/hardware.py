@@ -42,7 +42,7 @@ def make_accelerator(
 # %% ../../nbs/engine/33_hardware.ipynb #c42f430a
 def sync_batch_norms(
     task: Task,
-    accelerator: Accelerator,  # knows the device and the number of processes
+    accelerator: Accelerator,  # has the device and the number of processes
 ) -> None:
     "Let the batch norms of a task with `sync_batch_norm` share their statistics among processes, in place."
     several = accelerator.num_processes > 1 and accelerator.device.type == 'cuda'

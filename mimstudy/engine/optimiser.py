@@ -20,14 +20,14 @@ from .config import OptimConfig
 
 # %% ../../nbs/engine/20_optimiser.ipynb #6926c00e
 def layer_of(
-    module: nn.Module,  # a task or an encoder; it contains a timm model that knows its layers
+    module: nn.Module,  # a task or an encoder; it contains a timm model with `group_matcher`
 ) -> dict[str, int]:  # name of a parameter -> layer, 0 … depth + 1
     "The layer of every parameter, by the first timm model in `module`; a `StudyError` if there is none."
     models = [(name, m) for name, m in module.named_modules() if hasattr(m, 'group_matcher')]
     if not models:
         kind = type(module).__name__
         raise StudyError(
-            f'{kind} holds no encoder that knows its layers, so there is no layer-wise decay for it'
+            f'{kind} contains no timm encoder, so its layers for the layer-wise decay are not known'
         )
     name, encoder = models[0]
     prefix = f'{name}.' if name else ''

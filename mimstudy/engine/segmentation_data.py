@@ -153,7 +153,7 @@ def decode_pairs(
         if strict:
             raise StudyError(pair)
     if not images:
-        raise StudyError(f'{broken[0]}; neither can any of the {len(broken)} pairs beside it be used')
+        raise StudyError(f'none of the {len(broken)} pairs can be used; the first: {broken[0]}')
     if broken:
         message = f'{len(broken)} of {len(files.maps)} pairs are left out; the first: {broken[0]}'
         warnings.warn(message, stacklevel=2)

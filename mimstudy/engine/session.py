@@ -82,7 +82,7 @@ def restore_checkpoint(
     missing = set(CHECKPOINT_KEYS) - saved.keys()
     if missing:
         raise StudyError(
-            f'checkpoint.pt in {out} has no {min(missing)}: it is no checkpoint of a training; '
+            f'checkpoint.pt in {out} has no {min(missing)}: it is not a checkpoint of a training; '
             'delete it to begin again'
         )
     check_identity(saved['identity'], ours, out)
@@ -90,7 +90,7 @@ def restore_checkpoint(
     if processes != accelerator.num_processes:
         raise StudyError(
             f'the training in {out} was begun by {processes} processes, which draw other views and masks '
-            f'than {accelerator.num_processes}; go on with {processes}'
+            f'than {accelerator.num_processes}; continue with {processes} processes'
         )
     load_state(task, saved['task'], out)
     load_state(optimiser, saved['optimiser'], out)
@@ -114,7 +114,7 @@ def start_session(
     optimiser = build_optimiser(task, config.optim, fused=accelerator.scaler is None)
     model, optimiser = accelerator.prepare(task, optimiser)
     if accelerator.scaler is None:
-        optimiser = optimiser.optimizer  # the wrapper adds work to every step, and does nothing here
+        optimiser = optimiser.optimizer  # the wrapper has overhead, and is needed in fp16 only
     saved = restore_checkpoint(task, optimiser, out, identity(config, seed, len(images)), accelerator)
     sampler = BatchSampler(
         len(images),
@@ -145,7 +145,7 @@ def start_session(
 def session_state(
     session: Session,
 ) -> dict:  # tensors and plain values
-    "Everything that a session needs to be continued."
+    "Everything that is needed to continue a training in another session."
     scaler = session.accelerator.scaler
     return dict(
         identity=identity(session.config, session.seed, session.images),

@@ -45,9 +45,9 @@ class StopSignal:
 # %% ../../nbs/engine/35_signals.ipynb #e53bf93c
 def share_stop(
     stop: StopSignal,  # of this process; gets the signals of the others
-    accelerator: Accelerator,  # knows the other processes
+    accelerator: Accelerator,  # connects the processes
 ) -> None:
-    "Let every process know whether any of them has received a signal."
+    "Share among all processes whether any of them has received a signal."
     if accelerator.num_processes == 1:
         return
     stopped = torch.tensor(float(stop.received is not None), device=accelerator.device)

@@ -143,7 +143,7 @@ def progress_line(
 
 
 def print_event(
-    event: dict,  # has 'event', and values that JSON knows
+    event: dict,  # has 'event', and values of JSON types
 ) -> None:
     "Print an event as one line of JSON, for the process that started this one."
     print(json.dumps(event), flush=True)

@@ -75,7 +75,7 @@ def extract_features(
 def patch_maps(
     encoder: Encoder,
     x: Tensor,  # (B,3,S,S) normalised images
-) -> list[Tensor]:  # per block (B,D,gh,gw), for a grid of gh x gw patches
+) -> list[Tensor]:  # per block (B,D,gh,gw)
     "The patch tokens of every block, at their positions in the image."
     blocks = block_features(encoder, x)
     return [patches.transpose(1, 2).unflatten(2, encoder.grid) for _, patches in blocks]

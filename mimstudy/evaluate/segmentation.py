@@ -34,7 +34,7 @@ def linear_segmentation_head(
 
 def pixel_logits(
     head: nn.Conv2d,  # from `linear_segmentation_head`
-    maps: Tensor,  # (B,D,g,g) patch tokens at their positions
+    maps: Tensor,  # (B,D,gh,gw) patch tokens at their positions
     size: int,  # S, side of the result in pixels
 ) -> Tensor:  # (B,K,S,S)
     "The logits of every pixel: the head applied to each patch token, interpolated bilinearly."
@@ -43,7 +43,7 @@ def pixel_logits(
 # %% ../../nbs/evaluate/segmentation.ipynb #d5f4332c
 def segmentation_loss(
     logits: Tensor,  # (B,K,S,S)
-    labels: Tensor,  # (B,S',S') class ids, `IGNORE_LABEL` where there is none
+    labels: Tensor,  # (B,H,W) class ids, `IGNORE_LABEL` where there is none
 ) -> Tensor:  # scalar
     "Mean cross-entropy over the pixels that have a class."
     labels = F.interpolate(labels[:, None].float(), logits.shape[-2:], mode='nearest')[:, 0].long()
@@ -67,7 +67,7 @@ def mean_iou(
     "The mean intersection over union of the classes, in %; `absent='zero'` is SemanticMIM's release."
     intersection = counts.diag()
     union = counts.sum(0) + counts.sum(1) - intersection
-    if check_name(absent, ('skip', 'zero'), 'way with absent classes') == 'skip':
+    if check_name(absent, ('skip', 'zero'), 'treatment of absent classes') == 'skip':
         counted = union > 0
     else:
         counted = torch.ones_like(union, dtype=torch.bool)
@@ -100,7 +100,7 @@ class Segmenter(Task):
     def maps(
         self,
         x: Tensor,  # (B,3,S,S) normalised images
-    ) -> list[Tensor]:  # per block (B,D,g,g)
+    ) -> list[Tensor]:  # per block (B,D,gh,gw)
         "The frozen patch tokens of every block, at their positions in the image."
         with torch.no_grad():
             return patch_maps(self.encoder, x)

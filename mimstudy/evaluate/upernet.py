@@ -21,7 +21,7 @@ from ..parts.encoder import Encoder
 def pyramid(
     width: int,  # D of the encoder
 ) -> nn.ModuleList:
-    "Four modules that resize a map (B,D,g,g) to side 4g, 2g, g and g/2 (BEiT)."
+    "Four modules that resize a map (B,D,gh,gw) to 4, 2, 1 and 1/2 times its side (BEiT)."
 
     def double():
         return nn.ConvTranspose2d(width, width, 2, 2)

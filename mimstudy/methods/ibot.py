@@ -143,8 +143,8 @@ class IBOT(Task):
         views, mask = batch.views, batch.mask
         if len(views) < 2 or mask is None or len(mask.hidden) != 2 * len(views[0]):
             raise StudyError(
-                "ibot needs two large crops and a mask for both; set the views to 'multicrop' and the kind of "
-                "mask to 'ibot'"
+                "ibot needs two large crops and a mask for both; set the views to 'multicrop' and the "
+                "kind of mask to 'ibot'"
             )
         target, patch_target = self.teacher_targets(views, mask, progress)
         student, patches = self.net(views, mask, progress < self.frozen)

@@ -55,7 +55,8 @@ CONMIM_SOURCES = (
         'ConMIM Table 10 says Adam; the release runs AdamW with these betas', 'optim.betas', 'optim.optimiser'
     )
     | from_source(
-        'ConMIM Table 10: 3; the release clips only when asked, its ViT-L command asks for 1', 'optim.clip'
+        'ConMIM Table 10: 3; the release clips only with an option, set to 1 in its ViT-L command',
+        'optim.clip',
     )
     | from_source('PyTorch clips all gradients together', 'optim.clip_per_tensor')
     | from_source(
@@ -64,9 +65,9 @@ CONMIM_SOURCES = (
     | from_source(
         'ConMIM release', 'optim.warmup_start', 'optim.no_decay', 'encoder.init', 'encoder.mlp_drops'
     )
-    | from_source('ConMIM release, as BEiT; the paper is silent', 'encoder.layer_scale')
+    | from_source('ConMIM release, as BEiT; not in the paper', 'encoder.layer_scale')
     | from_source(
-        'ConMIM release, as BEiT: one relative bias for all blocks; the paper is silent on pre-training',
+        'ConMIM release, as BEiT: one relative bias for all blocks; not in the paper',
         'encoder.position_embedding',
     )
     | from_source('ConMIM Figure 3 shows one [CLS]', 'encoder.prefix')

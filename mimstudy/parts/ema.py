@@ -18,7 +18,7 @@ def cosine_momentum(
     start: float,  # α at the beginning (ConMIM Table 10: 0.996)
     progress: float,  # 0 … 1
 ) -> float:  # α
-    "The momentum α on a cosine from `start` to 1."
+    "The momentum α, increasing from `start` to 1 along a cosine."
     return 1 - (1 - start) * (1 + math.cos(math.pi * progress)) / 2
 
 # %% ../../nbs/parts/50_ema.ipynb #c3fe2371
@@ -35,7 +35,7 @@ def ema_update(
     student: nn.Module,  # the network that is trained
     momentum: float,  # α
 ) -> None:
-    "Update the teacher's parameters in place: θ̃ ← α θ̃ + (1 − α) θ. All parameters in two fused calls."
+    "Update the teacher's parameters in place: θ̃ ← α θ̃ + (1 − α) θ. Two calls for all parameters."
     student_parameters = [p.detach() for p in student.parameters()]
     teacher_parameters = list(teacher.parameters())
     if not teacher_parameters:
@@ -48,13 +48,13 @@ class EMATeacher(nn.ModuleDict):
     """Copies of named student modules whose parameters are an exponential moving average of the student's.
 
     `teacher.encoder` is the copy of `students['encoder']`. Call `after_step` once per optimiser step.
-    A momentum outside 0 … 1 or an unknown mode is a `StudyError`.
+    Raises a `StudyError` for a momentum outside 0 … 1 and for an unknown mode.
     """
 
     def __init__(
         self,
         students: dict[str, nn.Module],  # name -> module that is trained
-        momentum: float = 0.996,  # α at the start, 1 at the end (ConMIM Table 10); 0 copies the student
+        momentum: float = 0.996,  # α at the start (ConMIM Table 10), 1 at the end; 0: equal to the student
         mode: str = 'train',  # 'train' or 'eval': behaviour of the teacher's batch norm and stochastic depth
     ):
         if not 0 <= momentum <= 1:
@@ -66,11 +66,11 @@ class EMATeacher(nn.ModuleDict):
         self.train()
 
     def train(self, mode: bool = True) -> 'EMATeacher':
-        "Training mode only if `self.mode` is 'train'."
+        "Set the training mode if `mode` is True and `self.mode` is 'train', else the evaluation mode."
         return super().train(mode and self.mode == 'train')
 
     def after_step(self, progress: float) -> None:
-        "One EMA update of all parts, with the momentum of this `progress`."
+        "One EMA update of all modules, with the momentum α at this `progress`."
         alpha = cosine_momentum(self.momentum, progress) if self.momentum else 0.0
         for teacher, student in zip(self.values(), self.students):
             ema_update(teacher, student, alpha)

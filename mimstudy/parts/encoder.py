@@ -21,7 +21,7 @@ from ..core.errors import StudyError, check_name
 
 # %% ../../nbs/parts/10_encoder.ipynb #f5e08b63
 def _cut_normal(weight):
-    nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)  # the standard deviation that remains is 0.0108
+    nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)  # standard deviation after truncation: 0.0108
 
 
 def _trunc_normal(weight):
@@ -38,7 +38,7 @@ class Init(NamedTuple):
     token: Callable  # prefix tokens, mask tokens and position embedding
     linear: Callable  # patch embedding and linear layers outside the MLPs
     mlp: Callable  # linear layers of the MLPs
-    rescale: bool  # divide the output layers of block l by sqrt(2 l)
+    rescale: bool  # divide the weights of attn.proj and mlp.fc2 in block l by sqrt(2 l), l = 1, 2, …
 
 
 INITS = {
@@ -55,7 +55,7 @@ def init_blocks(
     blocks: nn.Module,  # transformer blocks in order, with `.attn.proj` and `.mlp.fc2`
     scheme: str,  # one of `INITS`
 ) -> None:
-    "Initialise a stack of blocks; biases become 0, those of the MLPs in 'beit' N(0, 1e-6)."
+    "Initialise a stack of blocks; biases become 0, those of the MLPs in 'beit' normal with deviation 1e-6."
     init = INITS[check_name(scheme, INITS, 'initialisation')]
     for depth, block in enumerate(blocks, start=1):
         for name, layer in block.named_modules():
@@ -80,8 +80,8 @@ def init_encoder(
     init = INITS[check_name(scheme, INITS, 'initialisation')]
     init_blocks(encoder.blocks, scheme)
     weight, bias = encoder.patch_embed.proj.weight, encoder.patch_embed.proj.bias
-    init.linear(weight.flatten(1))  # a view of the weight: the convolution as a linear layer
-    if scheme == 'maskfeat':  # that release keeps PyTorch's default for the bias of a convolution
+    init.linear(weight.flatten(1))  # initialised in place as a linear layer; flatten returns a view
+    if scheme == 'maskfeat':  # SemanticMIM's release keeps PyTorch's default for the bias of a convolution
         bound = weight[0].numel() ** -0.5
         nn.init.uniform_(bias, -bound, bound)
     else:
@@ -179,8 +179,8 @@ class Encoder(TokenInterface, VisionTransformer):
         depth: int = 12,  # L, number of blocks
         heads: int = 12,  # H
         prefix: int = 1,  # P: 1 for [CLS], more for [PROXY] tokens
-        drop_path: float = 0.0,  # stochastic depth of the last block; grows linearly with depth
-        layer_scale: float | None = None,  # initial layer scale, .1 in BEiT and ConMIM; None for none
+        drop_path: float = 0.0,  # stochastic depth of the last block; increases linearly from 0 at the first
+        layer_scale: float | None = None,  # initial value of layer scale, 0.1 in BEiT and ConMIM; None: not used
         mlp_ratio: float = 4.0,  # hidden width of the MLP over D
         init: str = 'timm',  # one of `INITS`
         mlp_drops: int = 1,  # how many times stochastic depth is applied to each MLP branch
@@ -247,7 +247,7 @@ def _record_call(module):
 
 
 def _qkv(attn, x):
-    "Queries, keys and values (B,H,T,D/H); timm's BEiT stores three separate biases, that of the keys is 0."
+    "Queries, keys and values (B,H,T,D/H); also for timm's BEiT, which stores their biases separately."
     bias = attn.qkv.bias
     if getattr(attn, 'q_bias', None) is not None:
         bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])

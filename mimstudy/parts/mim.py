@@ -56,6 +56,6 @@ class MIM(Task):
         return {'loss': self.criterion(self.predict(batch), self.target(batch), batch.mask)}
 
     def after_step(self, progress: float) -> None:
-        "Update the target after an optimiser step, if it is updated (EMA teacher)."
+        "Update the target after an optimiser step, if it has a method `after_step` (EMA teacher)."
         if hasattr(self.target, 'after_step'):
             self.target.after_step(progress)

@@ -18,7 +18,7 @@ from ..study.records import RecordStore
 
 # %% ../../nbs/report/10_statistics.ipynb #48ec1413
 class Estimate(NamedTuple):
-    "A mean with its noise."
+    "A mean with its uncertainty."
 
     mean: float
     sd: float  # over seeds; for one seed the standard error from the validation images
@@ -74,7 +74,7 @@ class TableRecords(NamedTuple):
         row: Row,
         column: Column,
     ) -> dict[int, tuple[float, float]]:  # seed -> score and its standard error
-        "What was measured for a cell, seed by seed."
+        "The scores of a cell, one for each seed."
         key = column.key(self.scale, row.features)
         found = {}
         for (name, seed, protocol), one in sorted(self.records.items()):

@@ -74,9 +74,9 @@ def paper_difference(table: Table, row: Row, column: Column) -> float | None:
     "The paper's difference of a row from its baseline; None if a number is missing."
     if not row.baseline:
         return None
-    ours = table.paper(row, column)
+    own = table.paper(row, column)
     base = table.paper(table.row(row.baseline), column)
-    return None if ours is None or base is None else ours - base
+    return None if own is None or base is None else own - base
 
 
 def our_difference(table: Table, row: Row, column: Column, records: TableRecords) -> Estimate | None:

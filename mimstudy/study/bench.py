@@ -66,7 +66,7 @@ def bench_config(
         optim=dict(batch=batch),
     )
 
-# %% ../../nbs/study/70_bench.ipynb #8b06bf08
+# %% ../../nbs/study/70_bench.ipynb #22561cf2
 def _autocast(device, precision):
     "The context in which the forward pass runs."
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16')
@@ -104,7 +104,7 @@ def resize_codebook(
     name = 'code_head' if hasattr(task, 'code_head') else 'head'
     setattr(task, name, torch.nn.Linear(getattr(task, name).in_features, codes))
 
-# %% ../../nbs/study/70_bench.ipynb #267ea14d
+# %% ../../nbs/study/70_bench.ipynb #f15a7084
 FITTED_CODES = 64  # size of the codebook before it is resized
 
 
@@ -170,7 +170,7 @@ def step_times(
         rows.append({name: _seconds(run, device) for name, run in runs.items()})
     return pd.DataFrame(rows[1:])
 
-# %% ../../nbs/study/70_bench.ipynb #bfdfde91
+# %% ../../nbs/study/70_bench.ipynb #6a80168a
 def measure_method(
     config: PretrainConfig,  # from `bench_config`
     device: torch.device,
@@ -210,7 +210,7 @@ def measure_method(
         'over tokens': peak.mib / predicted_mib,
     }
 
-# %% ../../nbs/study/70_bench.ipynb #9bff6e5f
+# %% ../../nbs/study/70_bench.ipynb #224f3fea
 def bench(
     encoder: str = 'vit_small_patch16_224',  # a timm vision transformer
     batch: int = 8,  # B

@@ -48,7 +48,7 @@ def build_encoder(
     )
 
 # %% ../../nbs/study/05_build.ipynb #2b3e9d89
-TOKENIZER_IMAGES = 2000  # at most so many images are clustered
+TOKENIZER_IMAGES = 2000  # the patches of at most so many images are clustered
 
 
 def build_tokenizer(
@@ -94,7 +94,7 @@ def build_task(
     task = build_method(config.method, encoder, from_data, **config.options)
     views = config.data.views
     if views in SEPARATE_CROPS and not task.separate_crops:
-        reason = 'compares patches of one crop, or sees one view'
+        reason = 'compares patches of one crop, or uses one view'
         raise StudyError(f'{config.method} {reason}; the views {views} are separate crops')
     evaluated_encoder(config, task)
     return task

@@ -49,7 +49,7 @@ def build_downstream(
 
 # %% ../../nbs/study/30_downstream.ipynb #0bdebe71
 def _load_maps(data):
-    "Training and validation images with label maps; scenes are counted by class and made in chunks."
+    "Training and validation images with label maps; `per_class` becomes a number of scenes in whole chunks."
     limit = None
     if data.per_class:
         limit = data.per_class * len(CLASSES) // CHUNK * CHUNK
@@ -105,19 +105,19 @@ def check_same_encoder(
     encoder: Encoder,  # that is to be trained further
     out: Path,  # the folder of the downstream training
 ) -> None:
-    "Raise a `StudyError` if the trainings in `out` began with other weights; note the weights if it is new."
+    "Raise a `StudyError` if the trainings in `out` began with other weights; a new folder gets their hash."
     digest = sha256()
     for name, w in sorted(encoder.state_dict().items()):
         digest.update(name.encode() + w.detach().cpu().contiguous().numpy().tobytes())
-    note = out / 'encoder.sha256'
-    if not note.is_file():
-        write_atomic(note, lambda path: path.write_text(digest.hexdigest()))
-    if note.read_text() != digest.hexdigest():
+    hash_file = out / 'encoder.sha256'
+    if not hash_file.is_file():
+        write_atomic(hash_file, lambda path: path.write_text(digest.hexdigest()))
+    if hash_file.read_text() != digest.hexdigest():
         raise StudyError(f'runs/{out.name} was trained from another encoder; remove it to train again')
 
 # %% ../../nbs/study/30_downstream.ipynb #ecda292b
 class DownstreamResult(NamedTuple):
-    "Scores of a downstream training, and what it took."
+    "Scores of a downstream training, with its size, time and memory."
 
     scores: dict[str, float]  # flat, in %
     n_train: int  # labelled training images
@@ -145,7 +145,7 @@ def train_downstream(
     seed: int = 0,
     splits: tuple[ImageDataset, ImageDataset] | None = None,  # those of the configuration by default
 ) -> DownstreamResult:
-    "Train a task on top of an encoder, resume it or open it if it is finished, and score it."
+    "Train a downstream task from an encoder (or resume it, or load it if it is finished), and score it."
     images, val = splits or load_downstream(config, seed)
     if list(images.classes) != list(val.classes):
         raise StudyError(f'{config.data.dataset} has other classes in training than in validation')

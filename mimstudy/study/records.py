@@ -129,7 +129,7 @@ class RecordStore:
         self,
         root: Path | str | None = None,  # the folder; [study] results of settings.ini by default
     ):
-        self.root = Path(root or settings().results).absolute()  # rows run in other working folders
+        self.root = Path(root or settings().results).absolute()  # rows run in another directory
         existing = next(path for path in (self.root, *self.root.parents) if path.exists())
         if not existing.is_dir():
             raise StudyError(f'{existing} is a file; results need a folder')
@@ -193,7 +193,7 @@ NESTED = ('scores', 'config', 'evaluation', 'versions')  # fields that hold dict
 def score_frame(
     records: list[dict],
 ) -> pd.DataFrame:  # a column for each plain field, and measure, block, token, score, best_block
-    "The scores of records, one a row; `best_block` is the number of the block behind a 'best' score."
+    "The scores of records, one a row; `best_block` is the number of the block that has a 'best' score."
     plain = [name for name in FIELDS if name not in NESTED]
     rows = []
     for one in records:

@@ -118,7 +118,7 @@ def test_configurations_are_frozen():
         (lambda: OptimConfig(optimiser='adam'), 'did you mean adamw'),
         (lambda: OptimConfig(step_epochs=2.0), 'needs step_epochs'),
         (lambda: OptimConfig(clip=None, clip_per_tensor=True), 'clip_per_tensor needs a clip'),
-        (lambda: OptimConfig(no_decay=(1,)), 'no_decay must be any number of texts'),
+        (lambda: OptimConfig(no_decay=(1,)), 'no_decay must be a list of strings'),
         (lambda: EncoderConfig(drop_path=1.0), 'drop_path must lie in'),
         (lambda: EncoderConfig(width=True), 'width must be a whole number'),
         (lambda: MaskConfig(ratio=1.0), 'ratio must lie strictly between 0 and 1'),

@@ -225,7 +225,7 @@ def test_no_image_can_be_decoded(tmp_path):
     file = make_archive(tmp_path / 'set.tar.xz', truncated=range(39))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        assert 'all 30 images beside it' in refusal(read_archive, file, 'train', 32, None, False)
+        assert 'none of the 30 images can be decoded' in refusal(read_archive, file, 'train', 32, None, False)
 
 
 # -- sizes and formats ---------------------------------------------------------------------------------------

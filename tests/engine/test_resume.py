@@ -176,7 +176,7 @@ def test_full_disk(tmp_path, undisturbed, monkeypatch):
 
     monkeypatch.setattr(torch, 'save', full)
     with pytest.raises(
-        StudyError, match='No space left on device; the last checkpoint is untouched'
+        StudyError, match='No space left on device; the last checkpoint is unchanged'
     ) as error:
         run(folder, checkpoint_seconds=0)
     assert '\n' not in str(error.value) and load_checkpoint(folder)['step'] == 19
@@ -254,9 +254,9 @@ def test_a_checkpoint_of_something_else(tmp_path, undisturbed):
     whole = load_checkpoint(undisturbed[1])
     wrong_optimiser = whole | {'optimiser': {'state': {}, 'param_groups': []}}
     for state, message in (
-        ([1, 2], 'is no checkpoint of a training'),
+        ([1, 2], 'is not a checkpoint of a training'),
         ({'model': torch.ones(2)}, 'has no identity'),
-        (whole | {'identity': {}}, 'does not say its config'),
+        (whole | {'identity': {}}, 'has no config'),
         (wrong_optimiser, 'does not fit the task: .*group'),
         (whole | {'processes': 2}, 'was begun by 2 processes'),
     ):
@@ -279,7 +279,7 @@ def test_a_finished_training_without_its_log(tmp_path, undisturbed):
     again = run(folder)
     assert again.history.empty and again.resumed_from == again.steps
     (folder / 'done.json').write_text('{"steps": 3}')
-    with pytest.raises(StudyError, match='does not say its config'):
+    with pytest.raises(StudyError, match='has no config'):
         run(folder)
 
 

@@ -264,7 +264,7 @@ def test_no_pair_can_be_used(tmp_path):
     files = list_pairs(make_voc(tmp_path / 'voc'), 'train')
     for file in files.images:
         truncate(file)
-    assert 'neither can any of the 4 pairs' in refusal(decode_pairs, files, 32, strict=False)
+    assert 'none of the 4 pairs can be used' in refusal(decode_pairs, files, 32, strict=False)
     dataset = SegmentationDataset(files, 32)
     assert 'cannot be decoded' in refusal(all_batches, dataset, [torch.tensor([2])], 0)
 

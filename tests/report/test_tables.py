@@ -1,9 +1,10 @@
-"Tables, differences and conclusions: every number on a page is computed again here from the records."
+"Tables, sentences and pages: every number on a page is computed again here from the record files."
 
 import json
 import math
 import re
-from pathlib import Path
+from functools import cache
+from shutil import copytree
 from statistics import mean, stdev
 
 import pytest
@@ -13,381 +14,549 @@ from invented_records import invented_record
 from mimstudy.core.errors import StudyError
 from mimstudy.papers.experiments import experiment
 from mimstudy.papers.tables import TABLES
-from mimstudy.report.pages import MARKERS, page, pages, readme_block, write_readme, write_tables
-from mimstudy.report.statistics import table_records
-from mimstudy.report.tables import conclusions, differences, measured, overview, render, render_blocks
+from mimstudy.report.pages import (
+    BOLD,
+    MARKERS,
+    compact_table,
+    page,
+    page_name,
+    pages,
+    readme_block,
+    write_readme,
+    write_tables,
+)
+from mimstudy.report.sentences import all_sentences, answer
+from mimstudy.report.statistics import Estimate, table_records
+from mimstudy.report.tables import (
+    block_cells,
+    has_paper_numbers,
+    measured_columns,
+    overview,
+    render,
+    render_blocks,
+    render_differences,
+    same_sign,
+)
 from mimstudy.study.records import RecordStore
 
-ROOT = Path(__file__).resolve().parents[2]
-EVERY_ROW = [f'{t.name}/{r.name}' for t in TABLES.values() for r in t.rows]
+T1 = TABLES['semanticmim-t1']
+WITH_PAPER = [table for table in TABLES.values() if has_paper_numbers(table)]
+NOT_FILLED = ('semanticmim-t1/maskfeat+semanticmim', 'conmim-t8/tau=0.2')
+STUDENT = {2: 12.7062, 3: 4.3027}  # quantile .975 of Student's t, by the number of seeds
+
+
+# -- invented records ---------------------------------------------------------------------------
+
+
+def invented_scores(protocol, features, generator):
+    "Scores of four blocks and the best one, drawn at random."
+
+    def draw():
+        return round(20 * torch.rand(1, generator=generator).item() + 5, 3)
+
+    if features == 'pixels':
+        return {f'{protocol}_0_pixels': draw()}
+    scores = {f'{protocol}_{b}_{token}': draw() for b in range(1, 5) for token in ('prefix', 'patch')}
+    for token in ('prefix', 'patch'):
+        best, block = max((scores[f'{protocol}_{b}_{token}'], b) for b in range(1, 5))
+        scores[f'{protocol}_best_{token}'] = best
+        scores[f'{protocol}_best_{token}_block'] = block
+    return scores
+
+
+@pytest.fixture(scope='module')
+def filled(tmp_path_factory):
+    "A store of invented records: rows with three seeds, rows with one seed, and rows that were not run."
+    store = RecordStore(tmp_path_factory.mktemp('filled'))
+    generator = torch.Generator().manual_seed(0)
+    for name in [f'{table.name}/{row.name}' for table in TABLES.values() for row in table.rows]:
+        if name in NOT_FILLED:
+            continue
+        one = experiment(name, 'laptop')
+        seeds = 1 if 'maskfeat' in name or 'tau=0.15' in name else 3
+        for seed in range(seeds):
+            for protocol in one.protocols:
+                scores = invented_scores(protocol, one.features, generator)
+                store.add(invented_record(name, seed, protocol=protocol, **scores))
+    return store
 
 
 @pytest.fixture
-def filled(tmp_path):
-    "A store of made-up records: three seeds, one seed, and rows that were not run."
-    results, g = RecordStore(tmp_path), torch.Generator().manual_seed(0)
+def changeable(filled, tmp_path):
+    "A copy of that store, which a test may change."
+    copytree(filled.root / 'scores', tmp_path / 'scores')
+    return RecordStore(tmp_path)
 
-    def top():
-        return round(20 * torch.rand(1, generator=g).item() + 5, 3)
 
-    for name in EVERY_ROW:
-        e = experiment(name, 'laptop')
-        if name in ('semanticmim-t1/maskfeat+semanticmim', 'conmim-t8/tau=0.2'):
-            continue
-        for seed in range(1 if 'maskfeat' in name or 'tau=0.15' in name else 3):
-            for protocol in e.protocols:
-                scores = {
-                    f'{protocol}_{b}_{token}': top() for b in range(1, 5) for token in ('prefix', 'patch')
-                }
-                for token in ('prefix', 'patch'):
-                    scores[f'{protocol}_best_{token}'], scores[f'{protocol}_best_{token}_block'] = max(
-                        (scores[f'{protocol}_{b}_{token}'], b) for b in range(1, 5)
-                    )
-                if e.features == 'pixels':
-                    scores = {f'{protocol}_0_pixels': top()}
-                results.add(invented_record(name, seed, protocol=protocol, **scores))
-    return results
+def laptop(table, store):
+    "The records of a table at laptop scale."
+    return table_records(table, store, 'laptop')
+
+
+# -- what a page must show, computed from the files ---------------------------------------------
+
+
+@cache
+def read_files(folder):
+    "The records in the files of a folder."
+    return [json.loads(file.read_text()) for file in folder.glob('*.json')]
+
+
+def scores_by_seed(store, table, row, protocol, key):
+    "Seed -> score and number of validation images, as the files have them."
+    found = {}
+    for one in read_files(store.root / 'scores'):
+        if (one['table'], one['row'], one['protocol']) == (table.name, row.name, protocol):
+            if key in one['scores']:
+                found[one['seed']] = one['scores'][key], one['n_val']
+    return found
+
+
+def column_scores(store, table, row, column):
+    "What the files have for a cell; None for raw pixels in a column of prefix tokens."
+    protocol, _, token = column.measure.split('/')
+    key = column.measure
+    if row.features == 'pixels':
+        if token == 'prefix':
+            return None
+        key = f'{protocol}/0/pixels'
+    return scores_by_seed(store, table, row, protocol, key)
+
+
+def expected_score(scores):
+    "The cell of a score."
+    if scores is None:
+        return '—'
+    if not scores:
+        return 'not run'
+    values = [score for score, _ in scores.values()]
+    if len(values) > 1:
+        return f'{mean(values):.1f} ± {stdev(values):.1f} ({len(values)} seeds)'
+    ((score, n),) = scores.values()
+    return f'{score:.1f} ± {math.sqrt(score * (100 - score) / n):.1f} (s.e.)'
+
+
+def variance(score, n):
+    "Of a score in percent on n images."
+    return score * (100 - score) / n
+
+
+def expected_difference(ours, baseline):
+    "Mean and half width of the difference, and the number of seeds; None if there is no seed of both."
+    seeds = sorted(set(ours or ()) & set(baseline or ()))
+    if not seeds:
+        return None
+    differences = [ours[seed][0] - baseline[seed][0] for seed in seeds]
+    errors = [math.sqrt(variance(*ours[seed]) + variance(*baseline[seed])) for seed in seeds]
+    half_width = 1.96 * mean(errors)
+    if len(seeds) > 1:
+        between = STUDENT[len(seeds)] * stdev(differences) / math.sqrt(len(seeds))
+        half_width = math.hypot(half_width, between)
+    return mean(differences), half_width, len(seeds)
+
+
+def expected_interval(difference):
+    "'+4.2 [+3.0, +5.4]'."
+    if difference is None:
+        return '—'
+    middle, half_width, _ = difference
+    return f'{middle:+.1f} [{middle - half_width:+.1f}, {middle + half_width:+.1f}]'
+
+
+def difference_of(store, table, row, column):
+    "The difference of a row from its baseline in a column."
+    if not row.baseline:
+        return None
+    baseline = column_scores(store, table, table.row(row.baseline), column)
+    return expected_difference(column_scores(store, table, row, column), baseline)
+
+
+def paper_difference_of(table, row, column):
+    "The same difference in the paper; None if it lacks a number."
+    if not row.baseline:
+        return None
+    name = column.beside or column.name
+    numbers = row.paper.get(name), table.row(row.baseline).paper.get(name)
+    return None if None in numbers else numbers[0] - numbers[1]
+
+
+def expected_sign(theirs, difference):
+    "Whether paper and study agree."
+    if theirs is None or difference is None:
+        return '—'
+    middle, half_width, seeds = difference
+    if abs(middle) <= half_width:
+        return 'within noise'
+    sign = 'yes' if (middle > 0) == (theirs > 0) else 'no'
+    return sign if seeds > 2 else f'{sign}, a hint'
+
+
+def split_cells(line):
+    "The cells of a line of Markdown."
+    return line.removeprefix('| ').removesuffix(' |').split(' | ')
 
 
 def tables_in(text):
-    "The markdown tables of a page, as lists of rows of cells."
-    found, open_ = [], False
-    for line in text.splitlines():
-        if line.startswith('| '):
-            if not open_:
-                found.append([])
-            found[-1].append([cell.strip(' *') for cell in line.strip().strip('|').split(' | ')])
-        open_ = line.startswith('| ')
-    return [[rows[0], *rows[2:]] for rows in found]
+    "The tables of a page: for each its head and its lines, as lists of cells without bold."
+    blocks = re.findall(r'(?:^\|.*\n?)+', text, flags=re.MULTILINE)
+    tables = []
+    for block in blocks:
+        head, _, *lines = [[cell.strip('*') for cell in split_cells(x)] for x in block.splitlines()]
+        tables.append((head, lines))
+    return tables
 
 
-def by_seed(folder, table, row, protocol, key):
-    "Straight from the files: seed -> score and the number of validation images."
-    found = [json.loads(f.read_text()) for f in (folder / 'scores').glob('*.json')]
-    return {
-        r['seed']: (r['scores'][key], r['n_val'])
-        for r in found
-        if (r['table'], r['row'], r['protocol']) == (table, row, protocol) and key in r['scores']
-    }
+# -- every number has its source ----------------------------------------------------------------
 
 
-def expected_cell(scores):
-    if not scores:
-        return 'not run'
-    values = [s for s, _ in scores.values()]
-    if len(values) > 1:
-        return f'{mean(values):.1f} ± {stdev(values):.1f} ({len(values)} seeds)'
-    ((p, n),) = scores.values()
-    return f'{p:.1f} ± {math.sqrt(p * (100 - p) / n):.1f} (s.e.)'
+@pytest.mark.parametrize('table', TABLES.values(), ids=TABLES)
+def test_every_score_of_an_overview_has_its_source(filled, table):
+    records = laptop(table, filled)
+    columns = measured_columns(table, records)
+    ((head, lines),) = tables_in(overview(table, records))
+    assert len(head) == len(columns) + 3
+    assert [line[0] for line in lines] == [row.label for row in table.rows]
+    for row, line in zip(table.rows, lines, strict=True):
+        for column, cell in zip(columns, line[1:-2], strict=True):
+            scores = column_scores(filled, table, row, column)
+            assert cell.split(', block')[0] == expected_score(scores)
 
 
-def expected_difference(ours, base):
-    seeds = sorted(set(ours) & set(base))
-    d = [ours[s][0] - base[s][0] for s in seeds]
-    if not d:
-        return '—', None
-    half = 1.96 * mean(math.sqrt(sum(p * (100 - p) / n for p, n in (ours[s], base[s]))) for s in seeds)
-    if len(d) > 1:
-        half = math.hypot(half, {2: 12.7062, 3: 4.3027}[len(d)] * stdev(d) / math.sqrt(len(d)))
-    return f'{mean(d):+.1f} [{mean(d) - half:+.1f}, {mean(d) + half:+.1f}]', mean(d) if abs(
-        mean(d)
-    ) > half else 0
-
-
-COMPARED = [t for t in TABLES.values() if any(row.paper for row in t.rows)]
-
-
-def test_every_number_of_an_overview_has_its_source(filled):
-    for table in TABLES.values():
-        shown = table_records(table, filled, 'laptop')
-        (head, *lines), columns = *tables_in(overview(table, shown)), measured(table, shown)
-        assert len(head) == len(columns) + 3 and [line[0] for line in lines] == [r.label for r in table.rows]
-        for row, line in zip(table.rows, lines, strict=True):
-            for column, cell in zip(columns, line[1:], strict=False):
-                protocol = column.measure.split('/')[0]
-                key = (
-                    column.measure
-                    if row.features != 'pixels'
-                    else ''
-                    if 'prefix' in column.measure
-                    else f'{protocol}/0/pixels'
-                )
-                found = by_seed(filled.root, table.name, row.name, protocol, key) if key else {}
-                assert cell.split(', block')[0] == (expected_cell(found) if key else '—')
-
-
-def test_every_difference_has_its_source(filled):
-    bold = set()
-    for table in TABLES.values():
-        head, _, *lines = (
-            [c.strip() for c in line.strip('| ').split(' | ')]
-            for line in differences(table, table_records(table, filled, 'laptop')).splitlines()
-        )
-        columns = measured(table, table_records(table, filled, 'laptop'))
-        rows = [r for r in table.rows if r.baseline]
-        assert len(head) == len(columns) + 2 and [line[0] for line in lines] == [r.label for r in rows]
-        for row, (_, against, *cells) in zip(rows, lines, strict=True):
-            base = table.row(row.baseline)
-            assert against == base.label
-            for column, cell in zip(columns, cells, strict=True):
-
-                def read(r):
-                    protocol = column.measure.split('/')[0]
-                    if r.features == 'pixels' and 'prefix' in column.measure:
-                        return {}
-                    return by_seed(
-                        filled.root,
-                        table.name,
-                        r.name,
-                        protocol,
-                        f'{protocol}/0/pixels' if r.features == 'pixels' else column.measure,
-                    )
-
-                text, sure = expected_difference(read(row), read(base))
-                number = text.split(' [')[0]
-                assert cell == (f'**{number}**' if sure else number)
-                bold.add(bool(sure))
-    assert bold == {True, False}
-
-
-def test_every_number_of_a_page_has_its_source(filled):
-    for table in COMPARED:
-        text, walked = render(table, filled, 'laptop'), 0
-        found = tables_in(text)
-        columns = measured(table, table_records(table, filled, 'laptop'))
-        for column, (head, *lines) in zip(columns, found, strict=False):
-            assert head[2:] == [
-                'here',
-                'against',
-                'difference, paper',
-                'difference, here',
-                'same sign?',
-            ] and len(lines) == len(table.rows)
-            for row, cells in zip(table.rows, lines, strict=True):
-
-                def read(row):
-                    key = (
-                        column.measure
-                        if row.features != 'pixels'
-                        else ''
-                        if 'prefix' in column.measure
-                        else column.measure.split('/')[0] + '/0/pixels'
-                    )
-                    return by_seed(filled.root, table.name, row.name, column.measure.split('/')[0], key)
-
-                label, paper, here, against, theirs, ours, same = cells
-                number = row.paper.get(column.beside or column.name)
-                base = table.row(row.baseline) if row.baseline else None
-                assert label == row.label and against == (base.label if base else '—')
-                assert paper == ('—' if number is None else f'{number:.{table.digits}f}')
-                assert here == (
-                    '—'
-                    if row.features == 'pixels' and 'prefix' in column.measure
-                    else expected_cell(read(row))
-                )
-                difference, sure = expected_difference(read(row), read(base)) if base else ('—', None)
-                assert ours == difference
-                published = (
-                    row.paper.get(column.beside or column.name),
-                    base and base.paper.get(column.beside or column.name),
-                )
-                assert theirs == (
-                    '—' if None in published else f'{published[0] - published[1]:+.{table.digits}f}'
-                )
-                if theirs == '—' or ours == '—':
-                    assert same == '—'
-                elif sure == 0:
-                    assert same == 'within noise'
-                else:
-                    assert same == ('yes' if (sure > 0) == (published[0] > published[1]) else 'no') + (
-                        '' if len(set(read(row)) & set(read(base))) > 2 else ', a hint'
-                    )
-                walked += sum(bool(re.search(r'\d', c)) for c in (paper, here, theirs, ours))
-        for head, *lines in found[len(columns) :]:
-            unmeasured = [c for c in table.columns if c not in columns and not c.beside]
-            assert head[1:] == [c.label for c in unmeasured]
-            for row, cells in zip(table.rows, lines, strict=True):
-                assert cells[1:] == [
-                    f'{row.paper[c.name]:.{table.digits}f}' if c.name in row.paper else '—'
-                    for c in unmeasured
-                ]
-                walked += sum(bool(re.search(r'\d', c)) for c in cells[1:])
-        shown = [
-            c
-            for head, *lines in found
-            for line in lines
-            for c in line[1:]
-            if re.search(r'\d', c) and c not in {r.label for r in table.rows}
-        ]
-        assert walked == len(shown) > 15, 'no cell with a number was passed over'
-
-
-def test_every_number_of_the_block_tables_has_its_source(filled):
-    for table in TABLES.values():
-        for head, *lines in tables_in(render_blocks(table, filled, 'laptop')):
-            protocol, token = head[0].split(', ')
-            for label, *cells in lines:
-                row = next(r for r in table.rows if r.label == label)
-                for name, cell in zip(head[1:], cells, strict=True):
-                    values = [
-                        s
-                        for s, _ in by_seed(
-                            filled.root,
-                            table.name,
-                            row.name,
-                            protocol,
-                            f'{protocol}/{name.removeprefix("block ")}/{token}',
-                        ).values()
-                    ]
-                    assert cell == (
-                        f'{mean(values):.1f}' + (f' ± {stdev(values):.1f}' if len(values) > 1 else '')
-                        if values
-                        else 'not run'
-                    )
-
-
-def test_every_number_of_the_sentences_stands_in_a_table(filled):
-    for table in COMPARED:
-        differences = ' '.join(
-            c for head, *lines in tables_in(render(table, filled, 'laptop')) for line in lines for c in line
-        )
-        for said in conclusions(table, filled, 'laptop'):
-            if said.startswith('Not run'):
-                continue
-            number = re.search(r'([+-]\d+\.\d) points', said).group(1)
-            assert f'{number} [' in differences
-            if paper := re.search(r'the paper has ([+-][\d.]+)\)', said):
-                assert paper.group(1) in differences
-            if 'interval' in said:
-                assert (
-                    '[{}, {}]'.format(*re.search(r'interval (\S+?) to ([+-]\d+\.\d)', said).groups())
-                    in differences
-                )
-
-
-def test_a_table_without_records_says_not_run(tmp_path):
-    for table in TABLES.values():
-        text = render(table, RecordStore(tmp_path), 'laptop')
-        for column, (head, *lines) in zip(
-            measured(table, table_records(table, RecordStore(tmp_path), 'laptop')),
-            tables_in(text),
-            strict=False,
-        ):
-            if table in COMPARED:
-                assert {line[2] for line in lines} <= {'not run', '—'} and {line[5] for line in lines} == {
-                    '—'
-                }
+@pytest.mark.parametrize('table', TABLES.values(), ids=TABLES)
+def test_every_difference_has_its_source_and_is_bold_if_it_is_certain(filled, table):
+    records = laptop(table, filled)
+    columns = measured_columns(table, records)
+    head, _, *lines = map(split_cells, render_differences(table, records).splitlines())
+    assert head == ['points', 'compared with', *(column.label for column in columns)]
+    rows = [row for row in table.rows if row.baseline]
+    for row, (label, baseline, *cells) in zip(rows, lines, strict=True):
+        assert (label, baseline) == (row.label, table.row(row.baseline).label)
+        for column, cell in zip(columns, cells, strict=True):
+            difference = difference_of(filled, table, row, column)
+            if difference is None:
+                assert cell == '—'
             else:
-                assert {cell for line in lines for cell in line[1:]} == {'not run', '—'}
-        assert 'not run' in text.splitlines()[2] and not render_blocks(table, RecordStore(tmp_path), 'laptop')
-        assert conclusions(table, RecordStore(tmp_path), 'laptop') == [
-            f'Not run: {", ".join(r.label for r in table.rows)}.'
-        ]
-    assert pages(RecordStore(tmp_path)) == [] and 'Nothing above smoke' in readme_block(RecordStore(tmp_path))
+                middle, half_width, _ = difference
+                text = f'{middle:+.1f}'
+                assert cell == (f'**{text}**' if abs(middle) > half_width else text)
 
 
-def test_a_number_goes_when_its_record_goes(filled):
-    table = TABLES['semanticmim-t1']
-    before = render(table, filled, 'laptop')
-    for r in filled.find(row='beit'):
-        (filled.root / 'scores' / f'{r["id"]}.json').unlink()
-    after = render(table, filled, 'laptop')
-    assert before != after and [
-        line for line in after.splitlines() if line.startswith('| BEiT | 31.5 | not run')
+def expected_line(store, table, row, column):
+    "The line of a row in the table of one column."
+    number = row.paper.get(column.beside or column.name)
+    theirs = paper_difference_of(table, row, column)
+    difference = difference_of(store, table, row, column)
+    return [
+        row.label,
+        '—' if number is None else f'{number:.{table.digits}f}',
+        expected_score(column_scores(store, table, row, column)),
+        table.row(row.baseline).label if row.baseline else '—',
+        '—' if theirs is None else f'{theirs:+.{table.digits}f}',
+        expected_interval(difference),
+        expected_sign(theirs, difference),
     ]
 
 
-def test_scales_data_and_earlier_values_are_not_mixed(filled):
-    table = TABLES['semanticmim-t1']
-    before = render(table, filled, 'laptop')
-    for scale in ('smoke', 'gpu'):
-        filled.add(
-            invented_record('semanticmim-t1/beit', 0, scale, linear_best_prefix=99.0, linear_best_patch=99.0)
-        )
-    assert render(table, filled, 'laptop') == before
-    stale = invented_record('semanticmim-t1/beit', 7, linear_best_prefix=99.0, linear_best_patch=99.0)
-    filled.add(stale | dict(id='stale', experiment='semanticmim-t1-beit-laptop-earlier'))
-    after = render(table, filled, 'laptop')
-    assert (
-        '1 records of other values left out' in after
-        and '99.0' not in after
-        and table_records(table, filled, 'laptop').stale == 1
-    )
+@pytest.mark.parametrize('table', WITH_PAPER, ids=lambda table: table.name)
+def test_every_cell_of_a_table_has_its_source(filled, table):
+    records = laptop(table, filled)
+    columns = measured_columns(table, records)
+    tables = tables_in(render(table, records))
+    assert len(tables) == len(columns) + 1, 'one for each measured column, and one for the others'
+    for column, (head, lines) in zip(columns, tables, strict=False):
+        assert head[2:4] == ['here', 'compared with']
+        assert head[4:] == ['difference, paper', 'difference, here', 'same sign?']
+        assert lines == [expected_line(filled, table, row, column) for row in table.rows]
+    head, lines = tables[-1]
+    missing = [column for column in table.columns if column not in columns and not column.beside]
+    assert head == ['paper only', *(column.label for column in missing)]
+    for row, (label, *cells) in zip(table.rows, lines, strict=True):
+        assert label == row.label
+        numbers = [row.paper.get(column.name) for column in missing]
+        assert cells == ['—' if x is None else f'{x:.{table.digits}f}' for x in numbers]
 
 
-def test_differing_settings_are_said(filled):
-    assert 'differing' not in render(TABLES['semanticmim-t1'], filled, 'laptop')
-    filled.add(filled.find(table='semanticmim-t1', row='beit')[0] | dict(evaluation=dict(epochs=1)))
-    assert '**evaluated with differing settings**' in render(TABLES['semanticmim-t1'], filled, 'laptop')
+@pytest.mark.parametrize('table', TABLES.values(), ids=TABLES)
+def test_every_score_of_a_block_has_its_source(filled, table):
+    tables = tables_in(render_blocks(table, laptop(table, filled)))
+    assert len(tables) == 2 * len(table.probes)
+    rows = [row for row in table.rows if row.features != 'pixels']
+    for head, lines in tables:
+        protocol, token = head[0].split(', ')
+        assert head[1:] == [f'block {block}' for block in range(1, 5)]
+        for row, (label, *cells) in zip(rows, lines, strict=True):
+            assert label == row.label
+            for block, cell in enumerate(cells, 1):
+                key = f'{protocol}/{block}/{token}'
+                scores = scores_by_seed(filled, table, row, protocol, key)
+                assert cell == (expected_score(scores).split(' (')[0] if len(scores) > 1 else single(scores))
+
+
+def single(scores):
+    "The cell of a block with one seed, or with none."
+    return f'{next(iter(scores.values()))[0]:.1f}' if scores else 'not run'
+
+
+def test_the_best_block_is_bold():
+    assert block_cells([{1: 20.0, 2: 30.0}], [1, 2, 3]) == ['20.0', '**30.0**', '—']
+    two_seeds = [{1: 20.0, 2: 30.0}, {1: 22.0, 2: 20.0}]
+    assert block_cells(two_seeds, [1, 2]) == ['21.0 ± 1.4', '**25.0 ± 7.1**']
+    assert block_cells([], [1, 2]) == ['not run', 'not run']
+
+
+def test_the_table_of_the_readme_has_its_source(filled):
+    records = laptop(T1, filled)
+    ((head, lines),) = tables_in(compact_table(T1, records))
+    columns = T1.columns[:2]
+    assert head[1:3] == [column.label for column in columns]
+    for row, (label, *cells) in zip(T1.rows, lines, strict=True):
+        assert label == row.label
+        for column, score, difference in zip(columns, cells[:2], cells[2:], strict=True):
+            assert score == expected_score(column_scores(filled, T1, row, column)).split(' (')[0]
+            theirs = paper_difference_of(T1, row, column)
+            paper = '' if theirs is None else f', paper {theirs:+.1f}'
+            assert difference == expected_interval(difference_of(filled, T1, row, column)) + paper
+
+
+# -- sentences ----------------------------------------------------------------------------------
+
+
+def shown_differences(table, records):
+    "All cells of a rendered table, as one text."
+    cells = [cell for _, lines in tables_in(render(table, records)) for line in lines for cell in line]
+    return ' '.join(cells)
+
+
+@pytest.mark.parametrize('table', WITH_PAPER, ids=lambda table: table.name)
+def test_every_number_of_a_sentence_stands_in_the_table(filled, table):
+    records = laptop(table, filled)
+    cells = shown_differences(table, records)
+    found = all_sentences(table, records)
+    assert len(found) > len(table.rows) / 2
+    for sentence in found:
+        if sentence.startswith('Not run'):
+            continue
+        points = re.search(r'([+-]\d+\.\d) points', sentence).group(1)
+        assert f'{points} [' in cells
+        paper = re.search(r'the paper has ([+-][\d.]+)\)', sentence)
+        if paper:
+            assert paper.group(1) in cells
+        interval = re.search(r'95 % interval (\S+) to ([+-]\d+\.\d)', sentence)
+        if interval:
+            assert f'{points} [{interval.group(1)}, {interval.group(2)}]' in cells
+        assert ('seeds' in sentence) == bool(interval) or 'one seed' in sentence
+
+
+@pytest.mark.parametrize('table', TABLES.values(), ids=TABLES)
+def test_an_answer_sorts_rows_by_their_difference(filled, table):
+    records = laptop(table, filled)
+    columns = {column.label: column for column in measured_columns(table, records)}
+    rows = {row.label: row for row in table.rows}
+    sorted_rows = set()
+    for sentence in answer(table, records):
+        title, _, text = sentence.removeprefix('**').partition('.** ')
+        text = text.replace('; paper', ' paper').partition('in points: ')[2].removesuffix('.')
+        for group in text.split('; '):
+            name, _, listed = group.partition(': ')
+            for label, interval in re.findall(r'(?:^|, | and )(.+?) \((\S+ \[\S+ \S+\])', listed):
+                difference = difference_of(filled, table, rows[label], columns[title])
+                assert interval == expected_interval(difference)
+                middle, half_width, _ = difference
+                sign = 'above' if middle > 0 else 'below'
+                assert name == ('within noise' if abs(middle) <= half_width else sign)
+                sorted_rows.add((label, title))
+    compared = [row for row in table.rows if row.baseline and row.features == 'trained']
+    linear = [column for column in columns.values() if column.protocol == 'linear']
+    expected = {
+        (row.label, c.label) for row in compared for c in linear if difference_of(filled, table, row, c)
+    }
+    assert sorted_rows == expected
+
+
+GAINS = {
+    (4.0, 4.2, 3.9): ('The proxies helped.', 'above: BEiT + SemanticMIM (+4.0 ['),
+    (-4.0, -4.2, -3.9): ('The proxies did harm.', 'below: BEiT + SemanticMIM (-4.0 ['),
+    (4.0, -4.0, 0.1): ('The difference is within noise.', 'within noise: BEiT + SemanticMIM (+0.0 ['),
+    (4.0, 4.1): ('Fewer than three seeds: a hint.', 'BEiT + SemanticMIM (+4.0 ['),
+    (4.0,): ('Fewer than three seeds: a hint.', 'above: BEiT + SemanticMIM (+4.0 ['),
+}
+
+
+def store_with_gains(folder, gains, scale='laptop'):
+    "BEiT without and with proxies, one seed for each gain in points."
+    store = RecordStore(folder)
+    for seed, gain in enumerate(gains):
+        for row, score in (('beit', 10.0 + seed), ('beit+semanticmim', 10.0 + seed + gain)):
+            store.add(invented_record(f'semanticmim-t1/{row}', seed, scale, linear_best_prefix=score))
+    return store
+
+
+@pytest.mark.parametrize('gains', GAINS)
+def test_a_verdict_needs_three_seeds_and_little_noise(tmp_path, gains):
+    verdict, group = GAINS[gains]
+    records = laptop(T1, store_with_gains(tmp_path, gains))
+    sentence = all_sentences(T1, records)[0]
+    assert sentence.endswith(verdict)
+    assert f'{mean(gains):+.1f} points' in sentence
+    assert 'the paper has +17.7' in sentence
+    if len(gains) > 1:
+        assert f'{len(gains)} paired seeds, sd {stdev(gains):.1f}' in sentence
+    assert group in answer(T1, records)[0]
 
 
 @pytest.mark.parametrize(
-    'gains,verdict',
+    'gains, hint',
     [
-        ((4.0, 4.2, 3.9), 'The proxies helped.'),
-        ((-4.0, -4.2, -3.9), 'The proxies did harm.'),
-        ((4.0, -4.0, 0.1), 'Noise alone'),
-        ((4.0, 4.1), 'a hint, no more'),
-        ((4.0,), 'a hint, no more'),
+        ((4.0, 4.2, 3.9), None),
+        ((4.0, 4.1), 'These are hints: there are two seeds.'),
+        ((4.0,), 'These are hints: there is one seed, and the intervals hold the choice of images only.'),
     ],
 )
-def test_verdicts_need_three_seeds_and_little_noise(tmp_path, gains, verdict):
-    results = RecordStore(tmp_path)
-    for seed, gain in enumerate(gains):
-        results.add(invented_record('semanticmim-t1/beit', seed, linear_best_prefix=10.0 + seed))
-        results.add(
-            invented_record('semanticmim-t1/beit+semanticmim', seed, linear_best_prefix=10.0 + seed + gain)
-        )
-    said = conclusions(TABLES['semanticmim-t1'], results, 'laptop')[0]
-    assert verdict in said and f'{mean(gains):+.1f} points' in said and 'the paper has +17.7' in said
-    if len(gains) > 2:
-        assert f'sd {stdev(gains):.1f}' in said
+def test_an_answer_from_fewer_than_three_seeds_is_a_hint(tmp_path, gains, hint):
+    found = answer(T1, laptop(T1, store_with_gains(tmp_path, gains)))
+    assert found[1:] == ([hint] if hint else [])
 
 
-def test_smoke_scale_concludes_nothing(tmp_path):
-    for row in ('beit', 'beit+semanticmim'):
-        for seed in range(3):
-            RecordStore(tmp_path).add(
-                invented_record(
-                    f'semanticmim-t1/{row}', seed, 'smoke', linear_best_prefix=50.0 - 40 * (row == 'beit')
-                )
-            )
-    (said,) = conclusions(TABLES['semanticmim-t1'], RecordStore(tmp_path), 'smoke')
-    assert (
-        'say nothing' in said
-        and readme_block(RecordStore(tmp_path)) == 'Nothing above smoke scale has been run yet.'
-    )
+def test_signs_agree_only_outside_of_the_noise():
+    certain = Estimate(mean=4.0, sd=1.0, half_width=2.0, n=3)
+    assert same_sign(17.7, certain) == 'yes'
+    assert same_sign(-17.7, certain) == 'no'
+    assert same_sign(17.7, certain._replace(n=2)) == 'yes, a hint'
+    assert same_sign(17.7, certain._replace(half_width=5.0)) == 'within noise'
+    assert same_sign(None, certain) == same_sign(17.7, None) == '—'
 
 
-def test_paper_scale_reads_the_papers_block(tmp_path):
-    RecordStore(tmp_path).add(
-        invented_record(
-            'semanticmim-t1/beit',
-            0,
-            'paper',
-            n_val=50_000,
-            linear_7_prefix=31.0,
-            linear_best_prefix=60.0,
-            linear_7_patch=38.0,
-            linear_best_patch=61.0,
-        )
-    )
-    text = render(TABLES['semanticmim-t1'], RecordStore(tmp_path), 'paper')
-    assert '| 31.0 ±' in text and '60.0' not in text and 'best block' not in text
+def test_smoke_scale_answers_nothing(tmp_path):
+    store = store_with_gains(tmp_path, (40.0, 40.0, 40.0), 'smoke')
+    (sentence,) = answer(T1, table_records(T1, store, 'smoke'))
+    assert 'its numbers say nothing about the papers' in sentence
+    assert readme_block(store) == 'Nothing above smoke scale has been run yet.'
 
 
-def test_pages_and_readme(filled, tmp_path):
-    assert [f.name for f in write_tables(filled)] == [f'{t}-{s}-{d}.md' for t, s, d in pages(filled)]
-    for (t, s, d), file in zip(pages(filled), write_tables(filled), strict=True):
-        assert file.read_text('utf-8') == page(TABLES[t], filled, s, d)
+# -- what is not shown --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('table', TABLES.values(), ids=TABLES)
+def test_a_table_without_records_says_not_run(tmp_path, table):
+    store = RecordStore(tmp_path)
+    records = laptop(table, store)
+    text = render(table, records)
+    tables = tables_in(text)
+    assert 'not run' in text.splitlines()[2]
+    assert not render_blocks(table, records)
+    assert all_sentences(table, records) == [f'Not run: {", ".join(row.label for row in table.rows)}.']
+    assert answer(table, records) == []
+    if has_paper_numbers(table):
+        for _, lines in tables[: len(measured_columns(table, records))]:
+            assert {line[2] for line in lines} <= {'not run', '—'}
+            assert {line[5] for line in lines} == {'—'}
+    else:
+        ((_, lines),) = tables
+        assert {cell for line in lines for cell in line[1:]} == {'not run', '—'}
+
+
+def test_a_store_without_records_has_no_pages(tmp_path):
+    store = RecordStore(tmp_path)
+    assert pages(store) == []
+    assert write_tables(store) == []
+    assert readme_block(store) == 'Nothing above smoke scale has been run yet.'
+
+
+def test_a_number_goes_with_its_record(changeable):
+    before = render(T1, laptop(T1, changeable))
+    assert '| BEiT | 31.5 | not run' not in before
+    for record in changeable.find(row='beit'):
+        (changeable.root / 'scores' / f'{record["id"]}.json').unlink()
+    assert '| BEiT | 31.5 | not run' in render(T1, laptop(T1, changeable))
+
+
+def test_other_scales_and_configurations_are_not_mixed_in(changeable):
+    before = render(T1, laptop(T1, changeable))
+    scores = dict(linear_best_prefix=99.0, linear_best_patch=99.0)
+    for scale in ('smoke', 'gpu'):
+        changeable.add(invented_record('semanticmim-t1/beit', 0, scale, **scores))
+    assert render(T1, laptop(T1, changeable)) == before
+    stale = invented_record('semanticmim-t1/beit', 7, **scores)
+    changeable.add(stale | dict(id='stale', experiment='semanticmim-t1-beit-laptop-earlier'))
+    after = render(T1, laptop(T1, changeable))
+    assert '1 records of other configurations left out' in after
+    assert '99.0' not in after
+
+
+def test_differing_settings_are_named(changeable):
+    assert 'differing' not in render(T1, laptop(T1, changeable))
+    one = changeable.find(table=T1.name, row='beit')[0]
+    changeable.add(one | dict(evaluation=dict(epochs=1)))
+    assert '**evaluated with differing settings**' in render(T1, laptop(T1, changeable))
+
+
+def test_paper_scale_shows_the_block_of_the_paper(tmp_path):
+    store = RecordStore(tmp_path)
+    prefix = dict(linear_7_prefix=31.0, linear_best_prefix=60.0)
+    patch = dict(linear_7_patch=38.0, linear_best_patch=61.0)
+    store.add(invented_record('semanticmim-t1/beit', 0, 'paper', n_val=50_000, **prefix, **patch))
+    text = render(T1, table_records(T1, store, 'paper'))
+    assert '| 31.0 ±' in text
+    assert '| 38.0 ±' in text
+    assert '60.0' not in text
+    assert '61.0' not in text
+    assert 'best block' not in text
+
+
+# -- pages and README ---------------------------------------------------------------------------
+
+
+def test_every_table_with_records_has_a_page(filled, tmp_path):
+    written = write_tables(filled, tmp_path)
+    assert [file.name for file in written] == [page_name(*names) for names in pages(filled)]
+    assert [name for name, _, _ in pages(filled)] == list(TABLES)
+    for (name, scale, dataset), file in zip(pages(filled), written, strict=True):
+        records = table_records(TABLES[name], filled, scale, dataset)
+        assert file.read_text('utf-8') == page(TABLES[name], records)
+
+
+@pytest.mark.parametrize('table', TABLES.values(), ids=TABLES)
+def test_a_page_has_the_answer_the_table_and_every_block(filled, table):
+    records = laptop(table, filled)
+    text = page(table, records)
+    sentences = answer(table, records)
+    if has_paper_numbers(table):
+        sentences += all_sentences(table, records)
+        assert overview(table, records) in text
+    else:
+        assert render_differences(table, records) in text
+        assert BOLD in text
+    assert all(f'- {sentence}\n' in text for sentence in sentences)
+    assert render(table, records) in text
+    assert render_blocks(table, records) in text
+
+
+def test_the_largest_scale_comes_first(tmp_path):
+    store = RecordStore(tmp_path)
+    for scale in ('laptop', 'paper', 'smoke'):
+        store.add(invented_record('semanticmim-t1/beit', 0, scale, linear_best_prefix=9.0))
+    assert [scale for _, scale, _ in pages(store)] == ['paper', 'laptop', 'smoke']
+
+
+def test_the_readme_is_changed_between_its_markers_only(filled, tmp_path):
+    start, end = MARKERS
     readme = tmp_path / 'README.md'
-    readme.write_text(f'# A\n\n{MARKERS[0]}\nold\n{MARKERS[1]}\n\nb\n')
-    once = write_readme(filled, readme).read_text('utf-8')
-    assert (
-        once
-        == f'# A\n\n{MARKERS[0]}\n{readme_block(filled)}\n{MARKERS[1]}\n\nb\n'
-        == write_readme(filled, readme).read_text('utf-8')
-    )
-    readme.write_text('# A\n')
+    readme.write_text(f'# A\n\n{start}\nold\n{end}\n\nb\n')
+    expected = f'# A\n\n{start}\n{readme_block(filled)}\n{end}\n\nb\n'
+    for _ in range(2):
+        assert write_readme(filled, readme).read_text('utf-8') == expected
+
+
+@pytest.mark.parametrize('text', ['# A\n', f'{MARKERS[0]}\n', f'{MARKERS[1]}\n{MARKERS[0]}\n'])
+def test_a_readme_without_markers_is_an_error(filled, tmp_path, text):
+    readme = tmp_path / 'README.md'
+    readme.write_text(text)
     with pytest.raises(StudyError, match='README.md needs the lines'):
         write_readme(filled, readme)
+    assert readme.read_text() == text
+
+
+def test_the_readme_links_every_page(filled):
+    text = readme_block(filled)
+    for names in pages(filled):
+        assert f'(results/tables/{page_name(*names)})' in text

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from mimstudy.cli.commands import app
 from mimstudy.papers.experiments import experiment
 from mimstudy.study.records import RecordStore
-from mimstudy.study.row import Pretrained, RunFolder, evaluate_row, pretrain, report_warnings
+from mimstudy.study.row import Pretrained, ResultsFolder, evaluate_row, pretrain, report_warnings
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # for child processes
 
@@ -59,11 +59,11 @@ def test_warnings_of_the_package_are_messages(capsys, monkeypatch):
 
 
 def test_a_temporary_results_folder_is_removed(tmp_path):
-    folder = RunFolder()
+    folder = ResultsFolder()
     assert folder.store.root.is_dir()
     folder.close()
     assert not folder.store.root.exists()
-    named = RunFolder(str(tmp_path))
+    named = ResultsFolder(str(tmp_path))
     named.close()
     assert named.store.root == tmp_path and tmp_path.is_dir()
 
