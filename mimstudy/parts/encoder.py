@@ -180,7 +180,7 @@ class Encoder(TokenInterface, VisionTransformer):
         heads: int = 12,  # H
         prefix: int = 1,  # P: 1 for [CLS], more for [PROXY] tokens
         drop_path: float = 0.0,  # stochastic depth of the last block; increases linearly from 0 at the first
-        layer_scale: float | None = None,  # initial value of layer scale, 0.1 in BEiT and ConMIM; None: not used
+        layer_scale: float | None = None,  # initial layer scale, 0.1 in BEiT and ConMIM; None: no layer scale
         mlp_ratio: float = 4.0,  # hidden width of the MLP over D
         init: str = 'timm',  # one of `INITS`
         mlp_drops: int = 1,  # how many times stochastic depth is applied to each MLP branch

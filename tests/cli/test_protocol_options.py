@@ -4,18 +4,6 @@ import pytest
 from typer.testing import CliRunner
 
 from mimstudy.cli.commands import app
-from mimstudy.core.errors import StudyError
-from mimstudy.study.plan import check_parameters, plan
-from mimstudy.study.records import RecordStore
-
-PARAMETERS = dict(experiment='semanticmim-t1/pixels', scale='smoke', dataset='', seed=0, out='')
-
-
-def test_pixels_have_no_encoder_to_train_further(tmp_path):
-    with pytest.raises(StudyError, match='no encoder'):
-        check_parameters(dict(PARAMETERS, protocols='finetune'))
-    steps = plan('semanticmim-t1', scale='smoke', store=RecordStore(tmp_path), protocols=('finetune',))
-    assert 'pixels' not in {step.experiment.row for step in steps} and len(steps) == 5
 
 
 @pytest.mark.parametrize(
@@ -30,7 +18,18 @@ def test_pixels_have_no_encoder_to_train_further(tmp_path):
 def test_a_mistake_is_one_line(arguments, message, tmp_path):
     command = ['run', 'semanticmim-t1', '--dry-run', '--results', str(tmp_path), *arguments.split()]
     done = CliRunner().invoke(app, command)
-    assert done.exit_code == 2 and message in done.stderr and done.stderr.count('\n') == 1
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('protocols, rows', [('linear', 6), ('finetune', 5), ('linear voc', 6)])
+def test_raw_pixels_are_only_probed(protocols, rows, tmp_path):
+    command = ['run', 'semanticmim-t1', '--scale', 'smoke', '--dry-run', '--results', str(tmp_path)]
+    done = CliRunner().invoke(app, [*command, '--protocols', *protocols.split()])
+    assert done.exit_code == 0, done.output
+    assert len(done.stdout.splitlines()) == rows
+    assert ('pixels' in done.stdout) == ('linear' in protocols)
 
 
 def test_missing_label_maps_are_reported_before_anything_starts(tmp_path, monkeypatch):
@@ -38,4 +37,7 @@ def test_missing_label_maps_are_reported_before_anything_starts(tmp_path, monkey
     monkeypatch.setenv('MIMSTUDY_DATA_VOC', str(tmp_path / 'nowhere'))
     command = ['run', 'semanticmim-t1', '--rows', 'beit', '--scale', 'paper', '--protocols', 'voc']
     done = CliRunner().invoke(app, [*command, '--results', str(tmp_path / 'out')])
-    assert done.exit_code == 2 and 'MIMSTUDY_DATA_VOC' in done.stderr and 'Traceback' not in done.output
+    assert done.exit_code == 2
+    assert 'MIMSTUDY_DATA_VOC' in done.stderr
+    assert 'Traceback' not in done.output
+    assert not (tmp_path / 'out' / 'runs').exists()

@@ -134,7 +134,7 @@ def test_frozen_parameters_are_in_no_group():
 
 
 def test_layer_decay_needs_an_encoder():
-    with pytest.raises(StudyError, match='Linear holds no encoder'):
+    with pytest.raises(StudyError, match='Linear contains no timm encoder'):
         decay_groups(nn.Linear(2, 2), 0.05, layer_decay=0.65)
 
 
