@@ -27,7 +27,6 @@ from ..study.records import RecordStore, score_frame
 
 # %% ../../nbs/report/30_figures.ipynb #fceb4f86
 TOKEN_NAMES = dict(prefix='prefix tokens', patch='mean of the patch tokens')
-OFFSET = 0.16  # between a method and the same with proxies, as a share of the height of a row
 OFFSET = 0.16  # vertical distance of a method from the same with proxies, in rows
 REFERENCE_STYLES = dict(random=('random initialisation', '--'), pixels=('raw pixels', ':'))
 
