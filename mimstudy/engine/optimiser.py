@@ -27,7 +27,7 @@ def layer_of(
     if not models:
         kind = type(module).__name__
         raise StudyError(
-            f'{kind} holds no encoder with the method `group_matcher`, which layer-wise decay needs'
+            f'{kind} contains no timm encoder (`group_matcher`), which layer-wise decay needs'
         )
     name, encoder = models[0]
     prefix = f'{name}.' if name else ''
