@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import assert_close
+from self_distillation import check_gradients, check_teacher_update
 from torch.nn import functional as F
 
 from mimstudy.core.errors import StudyError
@@ -237,24 +238,8 @@ def test_mask_statistics():
 @BOTH_HEADS
 def test_gradients_and_the_teacher(shared):
     task = small_ibot(shared=shared, momentum=0.9)
-    task(Batch(random_views(), mask_of(chance=1.0)), 0.5)['loss'].backward()
-    for name, p in task.named_parameters():
-        if name.startswith('teacher.'):
-            assert p.grad is None and not p.requires_grad
-        else:
-            assert p.grad.isfinite().all() and p.grad.any(), name
-    with torch.no_grad():
-        for p in task.parameters():
-            p.add_(torch.randn_like(p))
-    parameters = dict(task.named_parameters())
-    before = {name: p.clone() for name, p in parameters.items()}
-    task.after_step(0.5)
-    for name, p in parameters.items():
-        if not name.startswith('teacher.'):
-            assert p.equal(before[name])
-            continue
-        expected = 0.95 * before[name] + 0.05 * before[name.removeprefix('teacher.')]  # α is 0.95 half-way
-        torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6)
+    check_gradients(task, Batch(random_views(), mask_of(chance=1.0)))
+    check_teacher_update(task)
 
 
 @BOTH_HEADS

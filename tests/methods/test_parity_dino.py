@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_close, sub
+from self_distillation import check_gradients, check_teacher_update
 from torch.nn import functional as F
 
 from mimstudy.core.errors import StudyError
@@ -133,24 +134,8 @@ def test_micro_batches_move_the_centre_as_the_whole_batch_does():
 
 def test_gradients_and_the_teacher():
     task = small_dino(momentum=0.9)
-    task(Batch(random_views()), 0.5)['loss'].backward()
-    for name, p in task.named_parameters():
-        if name.startswith('teacher.'):
-            assert p.grad is None and not p.requires_grad
-        else:
-            assert p.grad.isfinite().all() and p.grad.any(), name
-    with torch.no_grad():
-        for p in task.parameters():
-            p.add_(torch.randn_like(p))
-    parameters = dict(task.named_parameters())
-    before = {name: p.clone() for name, p in parameters.items()}
-    task.after_step(0.5)
-    for name, p in parameters.items():
-        if not name.startswith('teacher.'):
-            assert p.equal(before[name])
-            continue
-        expected = 0.95 * before[name] + 0.05 * before[name.removeprefix('teacher.')]  # α is 0.95 half-way
-        torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-6)
+    check_gradients(task, Batch(random_views()))
+    check_teacher_update(task)
 
 
 def test_a_frozen_last_layer_keeps_its_directions():
