@@ -115,7 +115,7 @@ def show_labels(
     columns = min(columns, len(maps), MAX_COLUMNS)
     present = maps.unique().tolist()
     palette = torch.tensor([to_rgb(plt.cm.tab20(k % 20)) for k in range(len(names))])
-    legend_columns = min(6, len(present))
+    legend_columns = min(6, 2 * columns, len(present))
     legend_rows = -(-len(present) // legend_columns)
     figure, axes = _panels(-(-len(maps) // columns), columns, 0.25 * legend_rows + 0.1)
     for panel, colours in zip(axes.flat, _rgb(palette[maps.cpu().long()].permute(0, 3, 1, 2))):
