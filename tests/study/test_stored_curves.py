@@ -4,8 +4,10 @@
 loss and the gradient norm of every step, and the sum of the absolute encoder weights at the end; and the
 scores of probes and downstream trainings of an untrained encoder. On the processor and with the package
 versions that the file names, they must be equal to the last bit. Elsewhere floating-point sums are ordered
-differently and 16 steps of training amplify that, so losses must agree within a relative 1e-3, and scores
-within 3 points: single images change their class.
+differently, and 16 steps of training amplify that: with the AVX2 and SSE instructions of the same processor
+the losses of MoCo v3 and ConMIM differed by up to 9e-4 and their later gradient norms by 8 %. There the first
+step must agree within a relative 1e-4, all losses within 1e-2, the encoder within 1e-3, and scores within
+3 points: single images change their class.
 """
 
 import json
@@ -66,9 +68,11 @@ def curve(name):
 def test_a_training_is_the_same(name):
     stored = STORED['curves'][name]
     numbers = curve(name)
-    for what in ('loss', 'grad_norm'):
-        compare(numbers[what], stored[what], rel=1e-3)
+    compare(numbers['loss'], stored['loss'], rel=1e-2)
+    compare(numbers['loss'][:1], stored['loss'][:1], rel=1e-4)
     compare(numbers['encoder'], [stored['encoder']], rel=1e-3)
+    compared = None if SAME_MACHINE else 1  # all gradient norms, or the first
+    compare(numbers['grad_norm'][:compared], stored['grad_norm'][:compared], rel=1e-4)
 
 
 def scores():
