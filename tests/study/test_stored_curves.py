@@ -40,13 +40,10 @@ def this_machine():
 SAME_MACHINE = this_machine() == STORED['machine']
 
 
-def compare(numbers, stored, **tolerance):
-    "Assert that numbers equal those stored as hexadecimal floats, or are close to them on another machine."
-    stored = [float.fromhex(number) for number in stored]
-    if SAME_MACHINE:
-        assert numbers == stored
-    else:
-        assert numbers == pytest.approx(stored, **tolerance)
+def expected(stored, **tolerance):
+    "The numbers that were stored as hexadecimal floats; on another machine within a tolerance."
+    numbers = [float.fromhex(number) for number in stored]
+    return numbers if SAME_MACHINE else pytest.approx(numbers, **tolerance)
 
 
 def curve(name):
@@ -68,11 +65,11 @@ def curve(name):
 def test_a_training_is_the_same(name):
     stored = STORED['curves'][name]
     numbers = curve(name)
-    compare(numbers['loss'], stored['loss'], rel=1e-2)
-    compare(numbers['loss'][:1], stored['loss'][:1], rel=1e-4)
-    compare(numbers['encoder'], [stored['encoder']], rel=1e-3)
+    assert numbers['loss'] == expected(stored['loss'], rel=1e-2)
+    assert numbers['loss'][:1] == expected(stored['loss'][:1], rel=1e-4)
+    assert numbers['encoder'] == expected([stored['encoder']], rel=1e-3)
     compared = None if SAME_MACHINE else 1  # all gradient norms, or the first
-    compare(numbers['grad_norm'][:compared], stored['grad_norm'][:compared], rel=1e-4)
+    assert numbers['grad_norm'][:compared] == expected(stored['grad_norm'][:compared], rel=1e-4)
 
 
 def scores():
@@ -93,4 +90,4 @@ def test_scores_are_the_same(monkeypatch):
     found, stored = scores(), STORED['scores']
     assert set(found) == set(stored)
     names = [name for name in stored if SAME_MACHINE or not name.endswith('/block')]
-    compare([float(found[name]) for name in names], [stored[name] for name in names], abs=3)
+    assert [float(found[name]) for name in names] == expected([stored[name] for name in names], abs=3)
