@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEVICES', 'PRECISIONS', 'settings_file', 'Settings', 'settings', 'dataset_variable', 'dataset_path', 'resolve_device',
-           'resolve_precision']
+           'has_native_bf16', 'resolve_precision']
 
 # %% ../../nbs/core/20_settings.ipynb #0fea5819
 import os
@@ -178,11 +178,18 @@ def resolve_device(
     return torch.device(name)
 
 
+def has_native_bf16() -> bool:
+    "Whether this processor multiplies bfloat16 matrices in hardware; False if PyTorch cannot tell."
+    capabilities = getattr(torch.cpu, 'get_capabilities', dict)()
+    return any(capabilities.get(name) for name in ('avx512_bf16', 'amx_bf16'))
+
+
 def resolve_precision(
     name: str,  # one of `PRECISIONS`
     device: torch.device,  # device of the training
 ) -> str:  # 'no', 'bf16' or 'fp16'
-    "The mixed precision of a training: `auto` is bf16 on CUDA and none elsewhere."
+    "The mixed precision of a training: `auto` is bf16 where the device has it in hardware, otherwise none."
     if name != 'auto':
         return name
-    return 'bf16' if device.type == 'cuda' else 'no'
+    native = device.type == 'cuda' or (device.type == 'cpu' and has_native_bf16())
+    return 'bf16' if native else 'no'

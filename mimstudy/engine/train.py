@@ -33,7 +33,7 @@ from mimstudy.engine.checkpoint import (
 from .config import Config
 from .datasets import ImageDataset
 from .files import lock_folder
-from .hardware import make_accelerator, peak_memory, seed_torch
+from .hardware import fastest_attention, make_accelerator, peak_memory, seed_torch
 from .optimiser import clip_each
 from .sampling import mix_seeds
 from .schedules import decay_at, learning_rate
@@ -250,7 +250,8 @@ def train(
             return _already_finished(task, images, config, out, seed, accelerator.device)
         if accelerator.device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats(accelerator.device)
-        with _unwrapped(task), _isolated_random_state(accelerator.device):
+        attention = fastest_attention(task, accelerator.device, accelerator.mixed_precision)
+        with _unwrapped(task), _isolated_random_state(accelerator.device), attention:
             session = start_session(task, images, make_batch, config, out, seed, accelerator)
             first = session.step or None
             train_loop(session, images, out, workers, log_seconds, interval)

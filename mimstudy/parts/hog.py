@@ -27,8 +27,10 @@ def gradients(
     def at(i, j):
         return padded[..., i : i + h, j : j + w]
 
-    horizontal = at(0, 0) - at(0, 2) + 2 * at(1, 0) - 2 * at(1, 2) + at(2, 0) - at(2, 2)
-    vertical = at(0, 0) + 2 * at(0, 1) + at(0, 2) - at(2, 0) - 2 * at(2, 1) - at(2, 2)
+    horizontal = at(0, 0) - at(0, 2)  # in the order of a convolution, which decides the last bit
+    horizontal.add_(at(1, 0), alpha=2).sub_(at(1, 2), alpha=2).add_(at(2, 0)).sub_(at(2, 2))
+    vertical = at(0, 0).add(at(0, 1), alpha=2)
+    vertical.add_(at(0, 2)).sub_(at(2, 0)).sub_(at(2, 1), alpha=2).sub_(at(2, 2))
     return horizontal, vertical
 
 # %% ../../nbs/parts/70_hog.ipynb #03aeedc8
@@ -38,8 +40,8 @@ def polar(
     bins: int = 9,  # number of bins of the half circle
 ) -> tuple[Tensor, Tensor]:  # magnitude (B,C,S,S) float32; bin 0 … bins-1 (B,C,S,S) long
     "Magnitude of the gradients, and the bin of their unsigned direction."
-    position = (torch.atan2(horizontal, vertical) / math.pi * bins).floor()
-    return torch.hypot(horizontal, vertical), position.remainder(bins).long()
+    position = torch.atan2(horizontal, vertical).div_(math.pi).mul_(bins).floor_()
+    return torch.hypot(horizontal, vertical), position.remainder_(bins).long()
 
 # %% ../../nbs/parts/70_hog.ipynb #353df5ec
 def cell_histograms(
@@ -53,13 +55,12 @@ def cell_histograms(
     if h % cell or w % cell:
         raise StudyError(f'HOG cells of {cell} px do not tile an image of {h} x {w} px')
     rows, columns = h // cell, w // cell
-
-    def by_cell(t):
-        t = t.reshape(b, c, rows, cell, columns, cell).transpose(3, 4)
-        return t.reshape(b, c, rows, columns, cell * cell)
-
-    histograms = magnitude.new_zeros(b, c, rows, columns, bins)
-    return histograms.scatter_add_(-1, by_cell(bin_index), by_cell(magnitude)).movedim(-1, 2)
+    row = torch.arange(h, device=magnitude.device) // cell
+    column = torch.arange(w, device=magnitude.device) // cell
+    first_bin = (row[:, None] * columns + column) * bins  # (S,S) of the cell of each pixel
+    histograms = magnitude.new_zeros(b, c, rows * columns * bins)
+    histograms.scatter_add_(2, (bin_index + first_bin).flatten(2), magnitude.flatten(2))
+    return histograms.view(b, c, rows, columns, bins).movedim(-1, 2)
 
 # %% ../../nbs/parts/70_hog.ipynb #e9d2bc35
 def gaussian_window(

@@ -81,7 +81,7 @@ class Joint(nn.Module):
     ) -> Tensor:  # (B,P+V+M,D) hidden states, those of the mask tokens last
         "Encode prefix tokens, visible patches and mask tokens together."
         check_equal_counts(mask, 'Joint')
-        visible = gather(self.encoder.patch_tokens(x), mask.visible)
+        visible = self.encoder.patch_tokens(x, mask.visible)
         positions = self.encoder.patch_positions().expand(len(x), -1, -1)
         masked = self.mask_token + gather(positions, mask.predict)
         tokens = [self.encoder.prefix_tokens(len(x)), visible, masked.to(visible.dtype)]

@@ -25,6 +25,7 @@ class CrossAttention(nn.Module):
     ):
         super().__init__()
         self.heads = heads
+        self.fused_attn = True  # as in timm's attention: use PyTorch's fused kernel
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
@@ -38,7 +39,10 @@ class CrossAttention(nn.Module):
         B, T, D = z.shape
         q = self.q(z[:, -queries:]).reshape(B, queries, self.heads, -1).transpose(1, 2)
         k, v = self.kv(z).reshape(B, T, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v)
+        if self.fused_attn:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
         return self.proj(out.transpose(1, 2).reshape(B, queries, D))
 
 # %% ../../nbs/parts/25_proxy.ipynb #50c981bc
@@ -111,7 +115,7 @@ class Proxy(nn.Module):
         "Compress the visible patches into the proxies and update the mask tokens from the proxies."
         check_equal_counts(mask, 'Proxy')
         encoder = self.encoder
-        visible = gather(encoder.patch_tokens(x), mask.visible)
+        visible = encoder.patch_tokens(x, mask.visible)
         z = torch.cat([encoder.prefix_tokens(len(x)), visible], 1)
         positions = encoder.patch_positions().expand(len(x), -1, -1)
         m = self.mask_token + gather(positions, mask.predict)

@@ -61,8 +61,9 @@ class Pixels(nn.Module):
         target = patchify(batch.views[0], self.patch).float()
         if not self.norm:
             return target
-        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        return (target - mean) / (var + 1e-6).sqrt()
+        shrink = (self.K - 1) / self.K  # MAE divides by the unbiased deviation, `layer_norm` by the other
+        scale = target.new_full((self.K,), shrink**0.5)
+        return F.layer_norm(target, (self.K,), scale, eps=1e-6 * shrink)
 
 # %% ../../nbs/parts/75_targets.ipynb #d337452b
 class Codes(nn.Module):

@@ -60,7 +60,7 @@ class Visible(nn.Module):
 
     def latent(self, x, mask):
         "The encoded prefix tokens and visible patches, (B,P+V,D)."
-        visible = gather(self.encoder.patch_tokens(x), mask.visible)
+        visible = self.encoder.patch_tokens(x, mask.visible)
         return self.encoder.encode(torch.cat([self.encoder.prefix_tokens(len(x)), visible], 1))
 
     def forward(

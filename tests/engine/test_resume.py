@@ -255,10 +255,11 @@ def test_a_checkpoint_of_something_else(tmp_path, undisturbed):
     wrong_optimiser = whole | {'optimiser': {'state': {}, 'param_groups': []}}
     for state, message in (
         ([1, 2], 'is not a checkpoint of a training'),
-        ({'model': torch.ones(2)}, 'has no identity'),
+        ({'model': torch.ones(2)}, 'has no conditions'),
         (whole | {'identity': {}}, 'has no config'),
         (wrong_optimiser, 'does not fit the task: .*group'),
-        (whole | {'processes': 2}, 'was begun by 2 processes'),
+        (whole | {'conditions': whole['conditions'] | {'processes': 2}}, 'was begun with processes = 2'),
+        (whole | {'conditions': whole['conditions'] | {'precision': 'fp16'}}, 'precision = fp16'),
     ):
         torch.save(state, tmp_path / 'checkpoint.pt')
         with pytest.raises(StudyError, match=message) as error:

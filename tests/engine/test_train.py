@@ -27,9 +27,10 @@ from mimstudy.engine.train import train
 from mimstudy.engine.training_config import DownstreamConfig
 
 
-def run(task=None, config=CONFIG, batch_function=make_batch, out=None, **options):
+def run(task=None, config=CONFIG, batch_function=make_batch, out=None, precision='no', **options):
     "Train the small task on the CPU."
-    return train(task or SmallTask(), training_images(), batch_function, config, out, device='cpu', **options)
+    options |= dict(device='cpu', precision=precision)
+    return train(task or SmallTask(), training_images(), batch_function, config, out, **options)
 
 
 # -- what it computes ----------------------------------------------------------------------------------------
