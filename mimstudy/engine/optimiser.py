@@ -26,9 +26,7 @@ def layer_of(
     models = [(name, m) for name, m in module.named_modules() if hasattr(m, 'group_matcher')]
     if not models:
         kind = type(module).__name__
-        raise StudyError(
-            f'{kind} contains no timm encoder (`group_matcher`), which layer-wise decay needs'
-        )
+        raise StudyError(f'{kind} contains no timm encoder (`group_matcher`), which layer-wise decay needs')
     name, encoder = models[0]
     prefix = f'{name}.' if name else ''
     named = []

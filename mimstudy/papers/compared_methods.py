@@ -58,6 +58,7 @@ MAE = PretrainConfig(
 MOCOV3 = PretrainConfig(
     name='mocov3',
     method='mocov3',
+    options=dict(momentum=0.99),
     mask=None,
     data=DataConfig(crop=(0.08, 1.0), views='two'),
     optim=OptimConfig(
@@ -75,6 +76,7 @@ MOCOV3 = PretrainConfig(
 DINO = PretrainConfig(
     name='dino',
     method='dino',
+    options=dict(momentum=0.996),
     mask=None,
     eval_model='teacher',
     encoder=EncoderConfig(drop_path=0.1),

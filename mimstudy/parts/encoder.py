@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from ..core.errors import StudyError, check_name
+from .position_embedding import sincos_positions
 
 # %% ../../nbs/parts/10_encoder.ipynb #f5e08b63
 def _cut_normal(weight):
@@ -39,6 +40,7 @@ class Init(NamedTuple):
     linear: Callable  # patch embedding and linear layers outside the MLPs
     mlp: Callable  # linear layers of the MLPs
     rescale: bool  # divide the weights of attn.proj and mlp.fc2 in block l by sqrt(2 l), l = 1, 2, …
+    sincos: bool = False  # start the position embedding at sine and cosine values
 
 
 INITS = {
@@ -46,7 +48,8 @@ INITS = {
     'conmim': Init(_cut_normal, _cut_normal, _cut_normal, True),  # ConMIM's release
     'beit': Init(_trunc_normal, _trunc_normal, _xavier, True),  # BEiT in SemanticMIM's release
     'maskfeat': Init(_trunc_normal, _trunc_normal, _trunc_normal, False),  # MaskFeat in that release
-    'xavier': Init(_trunc_normal, _xavier, _xavier, False),  # MAE, and all methods at the small scales
+    'xavier': Init(_trunc_normal, _xavier, _xavier, False),  # MAE
+    'sincos': Init(_trunc_normal, _xavier, _xavier, False, sincos=True),  # the small scales of this study
 }
 
 # %% ../../nbs/parts/10_encoder.ipynb #04f3e18a
@@ -86,9 +89,15 @@ def init_encoder(
         nn.init.uniform_(bias, -bound, bound)
     else:
         nn.init.zeros_(bias)
-    for name in ('cls_token', 'reg_token', 'pos_embed'):
-        if getattr(encoder, name, None) is not None:
-            init.token(getattr(encoder, name))
+    tokens = [getattr(encoder, name, None) for name in ('cls_token', 'reg_token')]
+    positions = encoder.pos_embed
+    for parameter in filter(lambda p: p is not None, [*tokens, positions]):
+        init.token(parameter)
+    if init.sincos and positions is not None:
+        prefix = positions.shape[1] - encoder.patch_embed.num_patches
+        positions.copy_(sincos_positions(encoder.embed_dim, encoder.patch_embed.grid_size, prefix))
+        for token in filter(lambda p: p is not None, tokens):
+            nn.init.normal_(token, std=0.5)
 
 # %% ../../nbs/parts/10_encoder.ipynb #de296b10
 class PatchProjection(PatchEmbed):
