@@ -10,4 +10,6 @@ def invented_record(name, seed=0, scale='laptop', protocol='linear', n_val=3200,
     e = experiment(name, scale, seed=seed)
     images_seen = 96_000 if e.features == 'trained' else 0
     scores = {key.replace('_', '/'): value for key, value in scores.items()}
-    return record(e, protocol, scores, n_val, images_seen) | dict(commit='invented', device='invented')
+    return record(e, protocol, scores, n_val, images_seen=images_seen) | dict(
+        commit='invented', device='invented'
+    )

@@ -33,6 +33,13 @@ class Task(nn.Module):
         "The loss of one batch."
         raise TypeError(f'{type(self).__name__} does not define forward(batch, progress)')
 
+    def constant_loss(
+        self,
+        batch: Batch,  # training images
+    ) -> Tensor | None:  # scalar
+        "The lowest loss of a prediction that does not depend on the image; None where this has no meaning."
+        return None
+
     def before_step(
         self,
         progress: float,  # how far the training is, 0 … 1

@@ -160,10 +160,11 @@ class TrainingResult:
     images_per_second: float  # mean over all sessions
     peak_memory: int  # bytes: the allocator's on CUDA, the process's resident memory elsewhere
     broken: int  # files that could not be decoded
+    precision: str  # 'no', 'bf16' or 'fp16'
     resumed_from: int | None  # the step at which this session continued; None for a new training
 
 
-SUMMARY = ('steps', 'seconds', 'images_per_second', 'peak_memory', 'broken')
+SUMMARY = ('steps', 'seconds', 'images_per_second', 'peak_memory', 'broken', 'precision')
 
 
 def _finish(session, images, out):
@@ -175,6 +176,7 @@ def _finish(session, images, out):
         images_per_second=session.steps * session.config.optim.batch / seconds,
         peak_memory=peak_memory(session.accelerator.device),
         broken=images.broken,
+        precision=session.accelerator.mixed_precision,
     )
     if out and session.accelerator.is_main_process:
         about = identity(session.config, session.seed, len(images))
@@ -188,7 +190,7 @@ def _already_finished(task, images, config, out, seed, device):
     "The result of a training that was finished in an earlier session."
     check_identity(read_summary(out), identity(config, seed, len(images)), out)
     found = load_result(out, task.to(device))
-    summary = {name: found[name] for name in SUMMARY}
+    summary = {name: found.get(name) for name in SUMMARY}
     return TrainingResult(task.eval(), read_log(out), **summary, resumed_from=found['steps'])
 
 # %% ../../nbs/engine/40_train.ipynb #ed5ea769

@@ -14,7 +14,7 @@ from ..core.errors import StudyError, check_name
 from ..core.task import Batch, Task
 from ..parts.encoder import Encoder
 from ..parts.heads import linear_head
-from ..parts.losses import masked_ce
+from ..parts.losses import constant_prediction, masked_ce
 from ..parts.masks import Mask, gather
 from ..parts.pathways import Substitute
 from ..parts.targets import Codes, patchify
@@ -121,6 +121,17 @@ class CIM(Task):
             target = patchify(local_norm(batch.views[0], self.window), self.encoder.patch)
             return F.mse_loss(predicted, target)
         return F.binary_cross_entropy_with_logits(predicted[..., 0], (sampled != codes).float())
+
+    @torch.no_grad()
+    def constant_loss(self, batch: Batch) -> Tensor | None:
+        "The loss of constant predictions of codes and of pixels; None for `restore='replaced'`."
+        if self.restore != 'pixels':
+            return None
+        codes = self.codes(batch)
+        frequencies = constant_prediction(masked_ce, codes, batch.mask, self.codes.K)
+        target = patchify(local_norm(batch.views[0], self.window), self.encoder.patch)
+        variance = target.var((0, 1), correction=0).mean()
+        return masked_ce(frequencies, codes, batch.mask) + self.weight * variance
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         "The generator's cross-entropy plus the encoder's loss."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONMIM_SOURCES', 'CONMIM', 'CONMIM_B16_300', 'CONMIM_S16_300', 'SEMANTICMIM_SOURCES', 'BEIT', 'MASKFEAT',
-           'SEMANTICMIM_BEIT', 'SEMANTICMIM_MASKFEAT', 'PROXIED', 'PRETRAININGS', 'with_proxies',
-           'with_absolute_positions', 'pretraining']
+           'SEMANTICMIM_BEIT', 'SEMANTICMIM_MASKFEAT', 'PROXIED', 'CONTROLS', 'PRETRAININGS', 'with_proxies',
+           'with_prefix_tokens', 'with_absolute_positions', 'pretraining']
 
 # %% ../../nbs/papers/10_pretraining.ipynb #c378f568
 from dataclasses import replace
@@ -191,6 +191,19 @@ def with_proxies(
     return replace(proxied, sources=config.sources | sources)
 
 
+def with_prefix_tokens(
+    config: PretrainConfig,  # a baseline
+    prefix: int = 8,  # as many as the proxies of SemanticMIM
+) -> PretrainConfig:
+    "The same training with more prefix tokens: the control of a comparison with proxies."
+    return changed(
+        config,
+        'control: as many prefix tokens as with proxies, which no paper has',
+        name=f'{config.name}_{prefix}',
+        encoder=dict(prefix=prefix, position_embedding='absolute'),
+    )
+
+
 SEMANTICMIM_BEIT = with_proxies(BEIT, 'the release configures 1 proxy')
 SEMANTICMIM_MASKFEAT = with_proxies(MASKFEAT, 'the release hides .8')
 
@@ -207,6 +220,7 @@ def with_absolute_positions(
 PROXIED = tuple(
     with_proxies(with_absolute_positions(config), 'no release') for config in (SIMMIM, MAE, CONMIM_B16_300)
 )
+CONTROLS = tuple(with_prefix_tokens(config) for config in (BEIT, MASKFEAT, SIMMIM, MAE, CONMIM_B16_300))
 
 # %% ../../nbs/papers/10_pretraining.ipynb #6feda463
 PRETRAININGS = {
@@ -222,6 +236,7 @@ PRETRAININGS = {
         SIMMIM,
         MAE,
         *PROXIED,
+        *CONTROLS,
         CIM,
         MOCOV3,
         DINO,

@@ -59,6 +59,7 @@ class Row:
     paper: dict = field(default_factory=dict)  # column name -> the paper's number
     baseline: str = ''  # the row it is compared with; '' for none
     adds: str = ''  # what it has and its baseline has not, e.g. 'the proxies'
+    control: str = ''  # a second row it is compared with, which no paper has; '' for none
     features: str = 'trained'  # one of `FEATURES`
 
 

@@ -8,8 +8,10 @@ __all__ = ['MIM']
 # %% ../../nbs/parts/00_mim.ipynb #41ea8785
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from ..core.task import Batch, Task
+from .losses import constant_prediction
 
 # %% ../../nbs/parts/00_mim.ipynb #788fd75d
 class MIM(Task):
@@ -54,6 +56,16 @@ class MIM(Task):
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         "The loss of one batch."
         return {'loss': self.criterion(self.predict(batch), self.target(batch), batch.mask)}
+
+    @torch.no_grad()
+    def constant_loss(self, batch: Batch) -> Tensor:
+        "The loss of the best prediction that does not depend on the image, on one batch."
+        target = self.target(batch)
+        codes = target.ndim == 2
+        prediction = constant_prediction(
+            self.criterion, target, batch.mask, self.target.K if codes else target.shape[-1]
+        )
+        return self.criterion(prediction, target, batch.mask)
 
     def after_step(self, progress: float) -> None:
         "Update the target after an optimiser step, if it has a method `after_step` (EMA teacher)."

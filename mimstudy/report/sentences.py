@@ -9,7 +9,13 @@ __all__ = ['comparison_sentence', 'answer', 'sentence', 'all_sentences']
 from ..papers.scales import SCALES
 from ..papers.table_classes import Column, Row, Table
 from .statistics import TableRecords
-from .tables import measured_columns, our_difference, paper_difference, show_difference
+from mimstudy.report.tables import (
+    control_difference,
+    measured_columns,
+    our_difference,
+    paper_difference,
+    show_difference,
+)
 
 # %% ../../nbs/report/25_sentences.ipynb #c4588ef5
 def _listed(items):
@@ -22,15 +28,17 @@ def comparison_sentence(
     column: Column,
     rows: list[Row],  # with a baseline
     records: TableRecords,
+    controls: bool = False,  # compare with the control in place of the baseline
 ) -> str:  # '' if none was run
     "Which rows are above their baseline in a column, which below, and which cannot be told apart from it."
     groups = {'above': [], 'below': [], 'within noise': []}
+    compare = control_difference if controls else our_difference
     for row in rows:
-        difference = our_difference(table, row, column, records)
+        difference = compare(table, row, column, records)
         if difference is None:
             continue
         sign = 'above' if difference.mean > 0 else 'below'
-        paper = paper_difference(table, row, column)
+        paper = None if controls else paper_difference(table, row, column)
         theirs = '' if paper is None else f'; paper {paper:+.{table.digits}f}'
         text = f'{row.label} ({show_difference(difference)}{theirs})'
         groups['within noise' if difference.contains_zero else sign].append(text)
@@ -43,7 +51,8 @@ def comparison_sentence(
         if added
         else 'Difference from the baseline'
     )
-    return f'**{column.label}.** {subject}, in points: {"; ".join(parts)}.'
+    over = ' over the control with as many prefix tokens' if controls else ''
+    return f'**{column.label}.** {subject}{over}, in points: {"; ".join(parts)}.'
 
 
 def answer(
@@ -54,11 +63,14 @@ def answer(
     if records.scale == 'smoke':
         return [f'Smoke scale: {SCALES["smoke"].claim}.']
     linear = [column for column in measured_columns(table, records) if column.protocol == 'linear']
-    kinds = dict.fromkeys(row.adds for row in table.rows if row.baseline and row.features == 'trained')
+    compared = [row for row in table.rows if row.baseline and (row.adds or row.features == 'trained')]
+    kinds = dict.fromkeys(row.adds for row in compared)
     sentences = []
     for added in reversed(kinds):  # the proxies before pre-training
-        rows = [row for row in table.rows if row.baseline and row.adds == added and row.features == 'trained']
+        rows = [row for row in compared if row.adds == added]
         sentences += [comparison_sentence(table, column, rows, records) for column in linear]
+        controlled = [row for row in rows if row.control]
+        sentences += [comparison_sentence(table, column, controlled, records, True) for column in linear]
     seeds = len(records.seeds(*table.probes))
     if seeds == 1:
         sentences.append(

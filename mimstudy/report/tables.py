@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOT_RUN', 'NONE', 'LEGEND', 'BEST', 'markdown_table', 'show_score', 'show_difference', 'same_sign', 'show_paper',
-           'paper_difference', 'our_difference', 'render_column', 'measured_columns', 'has_paper_numbers', 'overview',
-           'render_differences', 'render_blocks', 'block_cells', 'header', 'render']
+           'paper_difference', 'our_difference', 'control_difference', 'render_column', 'measured_columns',
+           'has_paper_numbers', 'overview', 'render_differences', 'render_blocks', 'block_cells', 'header', 'render']
 
 # %% ../../nbs/report/20_tables.ipynb #1f7ac333
 from statistics import mean, stdev
@@ -86,6 +86,13 @@ def our_difference(table: Table, row: Row, column: Column, records: TableRecords
     return records.difference(row, table.row(row.baseline), column)
 
 
+def control_difference(table: Table, row: Row, column: Column, records: TableRecords) -> Estimate | None:
+    "This study's difference of a row from its control; None if there is nothing to compare."
+    if not row.control:
+        return None
+    return records.difference(row, table.row(row.control), column)
+
+
 def render_column(
     table: Table,
     column: Column,  # a measured one
@@ -108,6 +115,10 @@ def render_column(
                 same_sign(theirs, ours),
             ]
         )
+        if row.control:
+            control = control_difference(table, row, column, records)
+            label = table.row(row.control).label
+            lines.append(['', NONE, NONE, label, NONE, show_difference(control), NONE])
     beside = [c.label.lower() for c in table.columns if c.name == column.beside]
     paper = ', '.join(['paper', *beside])
     head = ['', paper, 'here', 'compared with', 'difference, paper', 'difference, here', 'same sign?']

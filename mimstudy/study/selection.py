@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from ..core.errors import check_name
 from ..core.settings import resolve_device, settings

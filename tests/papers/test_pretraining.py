@@ -8,7 +8,8 @@ from mimstudy.engine.training_config import PretrainConfig, source_of, value_pat
 from mimstudy.methods.catalogue import METHODS, MIM_METHODS, data_arguments, method_options
 from mimstudy.methods.semanticmim import semanticmim
 from mimstudy.papers.pretraining import PRETRAININGS, pretraining
-from mimstudy.papers.scales import SCALES, at_scale
+from mimstudy.papers.scales import SCALES, at_scale, scaled_momentum
+from mimstudy.parts.ema import remaining_start
 
 CONMIM_TABLE_10 = {
     'data.size': 224,
@@ -136,11 +137,12 @@ def test_proxies_change_three_values(base):
 def test_a_scale_keeps_what_the_papers_vary(name, scale):
     published = pretraining(name)
     config = at_scale(published, scale)
-    assert (config.method, config.options, config.mask) == (
-        published.method,
-        published.options,
-        published.mask,
-    )
+    unchanged = [name for name in published.options if name != 'momentum']
+    assert config.method == published.method and set(config.options) == set(published.options)
+    assert all(config.options[name] == published.options[name] for name in unchanged)
+    small_conmim = 'conmim' in name and scale != 'paper'
+    expected = published.mask.but(unit=1) if small_conmim else published.mask
+    assert config.mask == expected, 'ConMIM Table 10: mask units of one patch for a small encoder'
     assert config.encoder.prefix == published.encoder.prefix
     assert config.data.views == published.data.views
     assert (
@@ -152,6 +154,19 @@ def test_a_scale_keeps_what_the_papers_vary(name, scale):
     assert config.optim.warmup / config.optim.epochs == pytest.approx(
         published.optim.warmup / published.optim.epochs, abs=1e-4
     )
+
+
+@pytest.mark.parametrize('steps', [16, 640, 2302, 2304, 50_000])
+def test_little_of_the_random_start_is_left_in_a_teacher(steps):
+    momentum = scaled_momentum(0.996, steps)
+    assert remaining_start(momentum, steps) <= 0.01
+    assert (momentum == 0.996) == (steps > 2303)
+
+
+def test_scaled_momenta_keep_their_order():
+    published = (0.0, 0.99, 0.996, 0.999, 0.9996)
+    scaled = [scaled_momentum(momentum, 640) for momentum in published]
+    assert scaled == sorted(scaled) and scaled[0] == 0.0
 
 
 def test_absent_groups():

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from functools import cache
 from shutil import copytree
 from statistics import mean, stdev
@@ -266,7 +267,14 @@ def test_every_cell_of_a_table_has_its_source(filled, table):
     for column, (head, lines) in zip(columns, tables, strict=False):
         assert head[2:4] == ['here', 'compared with']
         assert head[4:] == ['difference, paper', 'difference, here', 'same sign?']
-        assert lines == [expected_line(filled, table, row, column) for row in table.rows]
+        expected = []
+        for row in table.rows:
+            expected.append(expected_line(filled, table, row, column))
+            if row.control:
+                control = replace(row, baseline=row.control)
+                interval = expected_interval(difference_of(filled, table, control, column))
+                expected.append(['', '—', '—', table.row(row.control).label, '—', interval, '—'])
+        assert lines == expected
     head, lines = tables[-1]
     missing = [column for column in table.columns if column not in columns and not column.beside]
     assert head == ['paper only', *(column.label for column in missing)]
@@ -355,21 +363,28 @@ def test_an_answer_sorts_rows_by_their_difference(filled, table):
     rows = {row.label: row for row in table.rows}
     sorted_rows = set()
     for sentence in answer(table, records):
+        controls = 'over the control' in sentence
         title, _, text = sentence.removeprefix('**').partition('.** ')
         text = text.replace('; paper', ' paper').partition('in points: ')[2].removesuffix('.')
         for group in text.split('; '):
             name, _, listed = group.partition(': ')
             for label, interval in re.findall(r'(?:^|, | and )(.+?) \((\S+ \[\S+ \S+\])', listed):
-                difference = difference_of(filled, table, rows[label], columns[title])
+                row = rows[label]
+                row = replace(row, baseline=row.control) if controls else row
+                difference = difference_of(filled, table, row, columns[title])
                 assert interval == expected_interval(difference)
                 middle, half_width, _ = difference
                 sign = 'above' if middle > 0 else 'below'
                 assert name == ('within noise' if abs(middle) <= half_width else sign)
-                sorted_rows.add((label, title))
-    compared = [row for row in table.rows if row.baseline and row.features == 'trained']
+                sorted_rows.add((label, title, row.baseline))
+    compared = [row for row in table.rows if row.baseline and (row.adds or row.features == 'trained')]
+    compared += [replace(row, baseline=row.control) for row in table.rows if row.control]
     linear = [column for column in columns.values() if column.protocol == 'linear']
     expected = {
-        (row.label, c.label) for row in compared for c in linear if difference_of(filled, table, row, c)
+        (row.label, c.label, row.baseline)
+        for row in compared
+        for c in linear
+        if difference_of(filled, table, row, c)
     }
     assert sorted_rows == expected
 
