@@ -210,16 +210,23 @@ def show_bench(
     methods: Annotated[
         list[str], typer.Option(help='methods: --methods beit conmim', show_default='all')
     ] = (),
+    scale: Annotated[str, typer.Option(help='measure images/s at this scale instead')] = '',
     steps: Annotated[int, typer.Option(min=1, help='timed steps of each kind')] = 10,
     results: ResultsFolder = None,
 ):
     "Measure time and memory of each method's training step, relative to the encoder alone."
     from mimstudy.study.bench import bench, save_bench
     from mimstudy.study.records import RecordStore
+    from mimstudy.study.throughput import throughput
 
-    table = bench(encoder, batch, list(methods), steps, on_line=typer.echo)
+    if scale:
+        name = scale
+        table = throughput(scale, list(methods), steps, on_line=typer.echo)
+    else:
+        name = f'{encoder}-b{batch}'
+        table = bench(encoder, batch, list(methods), steps, on_line=typer.echo)
     typer.echo(table.round(2).to_string())
-    typer.echo(typed_path(save_bench(table, RecordStore(results), encoder, batch)))
+    typer.echo(typed_path(save_bench(table, RecordStore(results), name)))
 
 # %% ../../nbs/cli/50_commands.ipynb #7e8d4f79
 @app.command('export')

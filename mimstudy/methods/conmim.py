@@ -15,6 +15,7 @@ from ..parts.dictionaries import DICTIONARIES
 from ..parts.ema import EMATeacher
 from ..parts.encoder import Encoder
 from ..parts.heads import Projector, size_or_default
+from ..parts.losses import position_contrast
 from ..parts.mim import MIM
 from ..parts.pathways import Substitute
 from ..parts.targets import TeacherFeatures
@@ -39,4 +40,8 @@ def conmim(
     contrast = DICTIONARIES[check_name(dictionary, DICTIONARIES, 'dictionary')]
     options = dict(similar=similar) if dictionary == 'filtered' else {}
     teacher = EMATeacher({'encoder': encoder, 'head': head}, momentum, teacher_mode)
-    return MIM(pathway(encoder), head, TeacherFeatures(teacher), partial(contrast, tau=tau, **options))
+    measures = {}
+    if dictionary in ('image', 'filtered'):
+        measures['position_loss'] = partial(position_contrast, tau=tau)
+    criterion = partial(contrast, tau=tau, **options)
+    return MIM(pathway(encoder), head, TeacherFeatures(teacher), criterion, measures)

@@ -26,12 +26,14 @@ class MIM(Task):
         head: nn.Module,  # (…,D) -> (…,K)
         target: nn.Module,  # batch -> (B,N,K) or codes (B,N), without gradient
         criterion: Callable,  # (predictions (B,M,K), target, mask) -> scalar
+        measures: dict[str, Callable] | None = None,  # name -> a further criterion that is only logged
     ):
         super().__init__()
         self.pathway = pathway
         self.head = head
         self.target = target
         self.criterion = criterion
+        self.measures = measures or {}
 
     @property
     def encoder(self) -> nn.Module:
@@ -54,8 +56,13 @@ class MIM(Task):
         return self.head(self.pathway.select(hidden, batch.mask))
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        "The loss of one batch."
-        return {'loss': self.criterion(self.predict(batch), self.target(batch), batch.mask)}
+        "The loss of one batch, and the measures."
+        prediction, target = self.predict(batch), self.target(batch)
+        out = {'loss': self.criterion(prediction, target, batch.mask)}
+        with torch.no_grad():
+            for name, measure in self.measures.items():
+                out[name] = measure(prediction, target, batch.mask)
+        return out
 
     @torch.no_grad()
     def constant_loss(self, batch: Batch) -> Tensor:

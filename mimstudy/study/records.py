@@ -44,7 +44,7 @@ FIELDS = dict(
     n_val='number of validation images',
     images_seen='images seen in pre-training, 0 for none',
     precision='of the training: no, bf16 or fp16; null if nothing was trained',
-    loss='curve of the pre-training loss, at most 100 pairs [epoch, loss]',
+    curves="of pre-training: {'epoch': […], 'loss': […], …}, at most 100 points of what the method logs",
     constant_loss='loss of the best prediction that does not depend on the image, or null',
     commit='commit of the package',
     versions='of Python and packages',
@@ -59,7 +59,7 @@ FIELDS = dict(
 NO_TRAINING = dict(  # the fields of a record without pre-training
     images_seen=0,
     precision=None,
-    loss=[],
+    curves={},
     constant_loss=None,
     seconds=None,
     images_per_second=None,
@@ -182,7 +182,7 @@ class RecordStore:
         return load_encoder(self.run_folder(train_id))
 
 # %% ../../nbs/study/20_records.ipynb #9797464f
-NESTED = ('scores', 'config', 'evaluation', 'versions', 'loss')  # fields that are not single values
+NESTED = ('scores', 'config', 'evaluation', 'versions', 'curves')  # fields that hold dictionaries
 
 
 def score_frame(
