@@ -1596,6 +1596,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'mimstudy/study/row.py'),
                                     'mimstudy.study.row.ResultsFolder.close': ( 'study/row.html#resultsfolder.close',
                                                                                 'mimstudy/study/row.py'),
+                                    'mimstudy.study.row._check_batch': ('study/row.html#_check_batch', 'mimstudy/study/row.py'),
                                     'mimstudy.study.row._train': ('study/row.html#_train', 'mimstudy/study/row.py'),
                                     'mimstudy.study.row.evaluate_row': ('study/row.html#evaluate_row', 'mimstudy/study/row.py'),
                                     'mimstudy.study.row.evaluation_settings': ( 'study/row.html#evaluation_settings',

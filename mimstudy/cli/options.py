@@ -86,7 +86,7 @@ class SeveralValuesCommand(TyperCommand):
         return super().parse_args(ctx, repeat_flags(args))
 
 # %% ../../nbs/cli/10_options.ipynb #55722ef0
-Scale = Annotated[str, typer.Option(help='smoke, laptop, gpu or paper')]
+Scale = Annotated[str, typer.Option(help='smoke, laptop, evening, gpu or paper')]
 Data = Annotated[str, typer.Option(help='a dataset: mimstudy list data', show_default="the scale's own")]
 Seeds = Annotated[list[int], typer.Option(min=0, help='one or more seeds: --seeds 0 1 2', show_default='0')]
 Rows = Annotated[list[str], typer.Option(help='rows of the table: --rows beit maskfeat', show_default='all')]

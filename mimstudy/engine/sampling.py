@@ -39,7 +39,8 @@ class BatchSampler(Sequence):
     ):
         if images < batch:
             raise StudyError(
-                f'{images} images do not fill one batch of {batch}; take more images or a smaller batch'
+                f'{images} images do not fill one batch of {batch}; '
+                f'take more images, or a batch of at most {images}'
             )
         if batch % (slices * world):
             raise StudyError(

@@ -22,6 +22,7 @@ import torch
 from matplotlib.figure import Figure
 
 import mimstudy
+from ..core.errors import StudyError
 from ..core.plotting import show_curves, show_heatmaps
 from ..core.settings import resolve_device, settings
 from ..engine.config import SEPARATE_CROPS
@@ -33,6 +34,7 @@ from ..engine.training_log import print_event, progress_style
 from ..evaluate.catalogue import PROTOCOLS, evaluate
 from ..evaluate.linear import LBFGS_STEPS, PENALTIES
 from ..papers.experiments import Experiment
+from ..papers.scales import SCALES
 from ..papers.table_classes import PROBES
 from ..parts.encoder import Encoder, attention
 from ..parts.views import normalise, resize_only
@@ -109,7 +111,22 @@ def load_training_images(
     if data.views not in SEPARATE_CROPS:
         crop = RandomCrop(data.crop, flip=data.flip, seed=experiment.seed)
     load_dataset(data.dataset, 'val', data.size, strict=True)
-    return load_dataset(data.dataset, 'train', data.size, data.per_class, crop=crop)
+    images = load_dataset(data.dataset, 'train', data.size, data.per_class, crop=crop)
+    _check_batch(experiment, len(images))
+    return images
+
+
+def _check_batch(experiment, images):
+    "Raise a `StudyError` if the images do not fill one batch of the scale."
+    batch = experiment.config.optim.batch
+    if images >= batch:
+        return
+    smaller = [name for name, scale in SCALES.items() if scale.optim and scale.optim['batch'] <= images]
+    advice = f'; the scale {smaller[0]} would fit' if smaller else ''
+    raise StudyError(
+        f'{experiment.dataset} has {images} training images, and {experiment.scale} scale trains with '
+        f'batches of {batch}{advice}'
+    )
 
 # %% ../../nbs/study/35_row.ipynb #ccfe2bc5
 CONSTANT_IMAGES = 512  # images on which the loss of a constant prediction is computed
