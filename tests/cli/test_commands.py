@@ -7,6 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from mimstudy.papers.tables import SEMANTICMIM_T1
 from mimstudy.cli.commands import app, summary, typed_path
 from mimstudy.cli.listing import LISTS
 from mimstudy.cli.options import repeat_flags
