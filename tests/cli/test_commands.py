@@ -7,11 +7,10 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from mimstudy.papers.tables import SEMANTICMIM_T1
 from mimstudy.cli.commands import app, summary, typed_path
 from mimstudy.cli.listing import LISTS
 from mimstudy.cli.options import repeat_flags
-from mimstudy.papers.tables import TABLES
+from mimstudy.papers.tables import SEMANTICMIM_T1, TABLES
 from mimstudy.study.plan import plan
 from mimstudy.study.records import RecordStore
 
@@ -265,7 +264,6 @@ def test_every_failed_row_is_named(tmp_path, monkeypatch):
 WITHOUT_TORCH = '''
 import sys
 from mimstudy.cli.commands import app
-from mimstudy.papers.tables import SEMANTICMIM_T1
 try:
     app(sys.argv[1:])
 except SystemExit:
