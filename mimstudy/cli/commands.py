@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'CHECKPOINTS', 'typed_path', 'list_names', 'summary', 'write_report', 'show_result', 'run', 'show_status',
-           'report', 'show_bench', 'export', 'import_file']
+           'report', 'show_bench', 'export', 'publish', 'import_file']
 
 # %% ../../nbs/cli/50_commands.ipynb #71234694
 import os
@@ -241,6 +241,19 @@ def export(
 
     typer.echo(typed_path(export_encoder(checkpoint, folder)))
     typer.echo(f"timm.create_model('local-dir:{folder}', pretrained=True) opens it")
+
+
+@app.command()
+def publish(
+    runs: Annotated[list[str], typer.Argument(help='names of folders in results/runs')],
+    results: ResultsFolder = None,
+):
+    "Copy encoders of runs, in half precision, to results/encoders, which git tracks."
+    from mimstudy.study.records import RecordStore
+
+    store = RecordStore(results)
+    for run in runs:
+        typer.echo(typed_path(store.publish(run)))
 
 
 CHECKPOINTS = (

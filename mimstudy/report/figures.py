@@ -85,7 +85,8 @@ def _draw_group(panel, place, scores: list[Estimate | None]):
     "The scores of a method's variants with their intervals, below one another and joined."
     places = [place + OFFSET * (len(scores) // 2 - i) for i in range(len(scores))]
     known = [(score.mean, y) for score, y in zip(scores, places) if score]
-    panel.plot(*zip(*known), color=GREY, linewidth=2, zorder=1) if len(known) > 1 else None
+    if len(known) > 1:
+        panel.plot(*zip(*known), color=GREY, linewidth=2, zorder=1)
     for i, (score, y) in enumerate(zip(scores, places)):
         if score:
             bar = dict(fmt=VARIANTS[i][1], color=PALETTE[i], capsize=3, markersize=6)

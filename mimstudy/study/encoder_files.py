@@ -28,9 +28,11 @@ def save_encoder(
     encoder: Encoder,  # one of `ENCODERS`
     folder: Path | str,  # usually `RecordStore.run_folder`
     config: dict,  # plain values of the training, `PretrainConfig.to_json()`
+    dtype: torch.dtype = torch.float32,  # of the stored weights
 ) -> Path:  # the file of weights
     "Write `encoder.safetensors` and `config.json` into `folder`."
-    weights = {name: w.detach().cpu().contiguous() for name, w in encoder.state_dict().items()}
+    state = encoder.state_dict()
+    weights = {name: w.detach().cpu().to(dtype).contiguous() for name, w in state.items()}
     header = {'kind': type(encoder).__name__, 'encoder': json.dumps(encoder.config)}
     text = json.dumps(config, indent=1) + '\n'
     write_atomic(Path(folder) / CONFIG_FILE, lambda path: path.write_text(text))

@@ -19,7 +19,7 @@ from ..core.settings import settings
 from ..engine.files import write_atomic
 from ..papers.experiments import Experiment
 from ..parts.encoder import Encoder
-from .encoder_files import load_encoder
+from .encoder_files import WEIGHTS_FILE, load_encoder, save_encoder
 from .provenance import provenance
 
 # %% ../../nbs/study/20_records.ipynb #149a578c
@@ -178,8 +178,17 @@ class RecordStore:
         return self.root / 'runs' / train_id
 
     def encoder(self, train_id: str) -> Encoder:
-        "The encoder of a finished pre-training; a `StudyError` if there is none."
-        return load_encoder(self.run_folder(train_id))
+        "The encoder of a finished pre-training, of its run or a published one; a `StudyError` for none."
+        run = self.run_folder(train_id)
+        published = self.root / 'encoders' / train_id
+        from_run = (run / WEIGHTS_FILE).is_file() or not published.is_dir()
+        return load_encoder(run if from_run else published)
+
+    def publish(self, train_id: str) -> Path:  # the file of weights
+        "Copy the encoder of a finished pre-training, in half precision, to where git tracks it."
+        config = json.loads((self.run_folder(train_id) / 'config.json').read_text('utf-8'))
+        encoder = load_encoder(self.run_folder(train_id))
+        return save_encoder(encoder, self.root / 'encoders' / train_id, config, torch.float16)
 
 # %% ../../nbs/study/20_records.ipynb #9797464f
 NESTED = ('scores', 'config', 'evaluation', 'versions', 'curves')  # fields that hold dictionaries

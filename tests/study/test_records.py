@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from mimstudy.core.errors import StudyError
 from mimstudy.engine.files import write_atomic
 from mimstudy.papers.experiments import experiment
 from mimstudy.papers.tables import TABLES
+from mimstudy.study.build import build_encoder
+from mimstudy.study.encoder_files import save_encoder
 from mimstudy.study.records import FIELDS, RecordStore
 
 RESULTS = Path(__file__).resolve().parents[2] / 'results'
@@ -130,3 +133,17 @@ def test_committed_records_belong_to_todays_experiments():
         e = experiment(name, record['scale'], record['dataset'], record['seed'])
         assert record['id'] == e.record_id(record['protocol']), name
         assert record['config'] == e.values, name
+
+
+def test_a_published_encoder_is_found_without_its_run(tmp_path):
+    store = RecordStore(tmp_path)
+    one = experiment('semanticmim-t1/beit', 'smoke')
+    encoder = build_encoder(one.config)
+    with pytest.raises(StudyError, match='no encoder in the run'):
+        store.encoder(one.train_id)
+    run = store.run_folder(one.train_id)
+    save_encoder(encoder, run, one.values)
+    file = store.publish(one.train_id)
+    assert file.is_relative_to(tmp_path / 'encoders') and file.stat().st_size < 2**18
+    shutil.rmtree(run)
+    assert store.encoder(one.train_id).config == encoder.config
