@@ -814,6 +814,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'mimstudy.papers.ledger.default_value': ( 'papers/ledger.html#default_value',
                                                                                   'mimstudy/papers/ledger.py'),
                                         'mimstudy.papers.ledger.ledger': ('papers/ledger.html#ledger', 'mimstudy/papers/ledger.py')},
+            'mimstudy.papers.position_shortcut': { 'mimstudy.papers.position_shortcut._variant': ( 'papers/position_shortcut.html#_variant',
+                                                                                                   'mimstudy/papers/position_shortcut.py')},
             'mimstudy.papers.pretraining': { 'mimstudy.papers.pretraining.pretraining': ( 'papers/pretraining.html#pretraining',
                                                                                           'mimstudy/papers/pretraining.py'),
                                              'mimstudy.papers.pretraining.with_absolute_positions': ( 'papers/pretraining.html#with_absolute_positions',

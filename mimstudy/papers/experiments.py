@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ..core.errors import check_name
 from ..engine.config import Config, short_hash
-from ..engine.training_config import DownstreamConfig, PretrainConfig
+from ..engine.training_config import DownstreamConfig, PretrainConfig, changed
 from .downstream import downstream_config
 from .pretraining import pretraining
 from .scales import SCALES, at_scale, scale_downstream
@@ -123,6 +123,7 @@ def table_experiment(
     if row.features == 'pixels':
         requested = tuple(protocol for protocol in requested if protocol in PROBES)
     config = at_scale(pretraining(row.config).but(**row.change), scale, dataset)
+    config = changed(config, f'row {row.name}', **row.after_scale)
     return Experiment(
         table.name,
         row.name,

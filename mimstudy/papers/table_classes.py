@@ -61,6 +61,7 @@ class Row:
     adds: str = ''  # what it has and its baseline has not, e.g. 'the proxies'
     control: str = ''  # a second row it is compared with, which no paper has; '' for none
     features: str = 'trained'  # one of `FEATURES`
+    after_scale: dict = field(default_factory=dict)  # a change of values that a scale would set
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ __all__ = ['MIOU', 'T1_COLUMNS', 'T1_RELEASE_COLUMNS', 'PIXELS', 'RANDOM', 'MORE
 
 # %% ../../nbs/papers/30_tables.ipynb #de6a4e6e
 from .conmim_tables import CONMIM_ABLATIONS
+from .position_shortcut import CONMIM_SHORTCUT
 from .table_classes import Column, Row, Table
 
 # %% ../../nbs/papers/30_tables.ipynb #4e77e1bd
@@ -172,4 +173,4 @@ ALL_METHODS = Table(
     'different hours on a shared machine: for speeds see `mimstudy bench`.',
 )
 
-TABLES = {table.name: table for table in (SEMANTICMIM_T1, *CONMIM_ABLATIONS, ALL_METHODS)}
+TABLES = {table.name: table for table in (SEMANTICMIM_T1, *CONMIM_ABLATIONS, CONMIM_SHORTCUT, ALL_METHODS)}
