@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from mimstudy.core.errors import StudyError
-from mimstudy.core.settings import dataset_path, resolve_device, resolve_precision, settings, settings_file
+from mimstudy.core.settings import (
+    dataset_path,
+    has_native_bf16,
+    resolve_device,
+    resolve_precision,
+    settings,
+    settings_file,
+)
 
 
 @pytest.fixture
@@ -121,7 +128,8 @@ def test_a_device_that_is_not_available_is_an_error():
         resolve_device('cuda:x')
 
 
-def test_precision_auto_is_bf16_on_cuda_only():
+def test_precision_auto():
     assert resolve_precision('auto', torch.device('cuda')) == 'bf16'
-    assert resolve_precision('auto', torch.device('cpu')) == 'no'
+    assert resolve_precision('auto', torch.device('mps')) == 'no'
+    assert resolve_precision('auto', torch.device('cpu')) == ('bf16' if has_native_bf16() else 'no')
     assert resolve_precision('fp16', torch.device('cpu')) == 'fp16'

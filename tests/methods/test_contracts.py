@@ -183,3 +183,21 @@ def test_masks_reach_every_patch(name):
     hidden = build_mask(config, 200, torch.Generator().manual_seed(0)).hidden.float().mean(0)
     for share in (hidden, 1 - hidden):  # of 200 masks in which a patch is hidden, and visible
         assert share.min() > share.mean() / 3
+
+
+def test_the_loss_of_a_constant_prediction(name):
+    "A prediction that ignores the image cannot be better than it, on the batch for which it was computed."
+    task, batch = build(name, batch=16)
+    constant = task.eval().constant_loss(batch)
+    if batch.mask is None or name == 'ibot':
+        assert constant is None
+        return
+    assert constant.isfinite() and constant > 0
+    if hasattr(task, 'criterion'):
+        b, m = batch.mask.predict.shape
+        target = task.target(batch)
+        k = task.target.K if target.ndim == 2 else target.shape[-1]
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(5):
+            other = torch.randn(k, generator=generator).expand(b, m, k)
+            assert task.criterion(other, target, batch.mask) > constant

@@ -1,10 +1,12 @@
 "ConMIM's loss against the official training loop, and position embeddings against the official resizing."
 
+import math
+
 import pytest
 import torch
 from conftest import assert_close
-from mimstudy.parts.losses import patch_contrast
-from mimstudy.parts.masks import make_mask, gather
+from mimstudy.parts.losses import patch_contrast, position_contrast
+from mimstudy.parts.masks import gather, make_mask, random_mask
 from mimstudy.parts.position_embedding import resize_positions, resize_relative_table, sincos_positions
 
 
@@ -63,3 +65,15 @@ def test_relative_tables(golden, kind, side):
 def test_fixed_positions(golden):
     assert_close(sincos_positions(32, (8, 8))[0], golden('mae')['sincos_32_g8'])
     assert_close(sincos_positions(32, (8, 8), first='row'), golden('mocov3')['sincos_32_g8'])
+
+
+def test_what_position_alone_tells():
+    "Keys that depend on the position only are found by position; keys that depend on the image only are not."
+    mask = random_mask(6, (4, 4), 0.5, torch.Generator().manual_seed(0))
+    position = torch.eye(16).expand(6, -1, -1)
+    asked = gather(position, mask.predict)
+    by_position = position_contrast(asked, position, mask, 0.1)
+    assert torch.isclose(by_position, patch_contrast(asked, position, mask, 0.1))
+    image = torch.randn(6, 1, 16).expand(-1, 16, -1)
+    chance = position_contrast(gather(image, mask.predict), image, mask, 0.1)
+    assert abs(chance - math.log(16)) < 1e-5
