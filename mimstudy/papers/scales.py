@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCENES_SMOKE', 'SCENES_LAPTOP', 'SCENES_GPU', 'SMOKE', 'LAPTOP', 'SCENES_EVENING', 'EVENING', 'GPU', 'SCALES',
            'LEFT_AT_END', 'PUBLISHED_MOMENTUM', 'SMALL_WIDTH', 'PAPER_WIDTH', 'DatasetScale', 'Scale',
-           'scaled_momentum', 'apply_scale', 'at_scale', 'scale_downstream']
+           'scaled_momentum', 'training_steps', 'apply_scale', 'at_scale', 'teacher_table', 'scale_downstream']
 
 # %% ../../nbs/papers/05_scales.ipynb #2aac04f3
 import math
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from ..core.errors import check_name
 from ..engine.training_config import DownstreamConfig, PretrainConfig, changed
+from ..parts.ema import remaining_start
 
 # %% ../../nbs/papers/05_scales.ipynb #0dac885e
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +197,16 @@ def _scaled_data(config, scale, dataset, size, patch):
     return values
 
 # %% ../../nbs/papers/05_scales.ipynb #ce465c61
+def training_steps(
+    level: Scale,
+    dataset: str = '',  # the scale's own by default
+) -> int:
+    "Optimiser steps of a pre-training; a dataset whose size the scale does not state counts as its own."
+    chosen = level.datasets.get(dataset or level.dataset, level.other)
+    epochs = chosen.epochs or level.optim['epochs']
+    return max(1, epochs * (chosen.images or level.images) // level.optim['batch'])
+
+
 def apply_scale(
     config: PretrainConfig,  # a published one
     level: Scale,
@@ -214,7 +225,7 @@ def apply_scale(
         data=_scaled_data(config, level, dataset, size, encoder['patch']),
     )
     if 'momentum' in config.options:
-        steps = max(1, optim['epochs'] * (chosen.images or level.images) // optim['batch'])
+        steps = training_steps(level, dataset)
         change['options'] = dict(momentum=scaled_momentum(config.options['momentum'], steps))
     if config.mask:
         change['mask'] = _small_encoder(config, encoder)
@@ -236,6 +247,21 @@ def at_scale(
     if scale == 'paper':
         return changed(config, 'chosen by the user', data=dict(dataset=dataset or config.data.dataset))
     return apply_scale(config, level, dataset, f'scale {scale}')
+
+# %% ../../nbs/papers/05_scales.ipynb #79a93c80
+def teacher_table(
+    published: float,  # α at the start
+) -> str:  # markdown
+    "The momentum of an EMA teacher at each scale, and how much of its random start is left at the end."
+    lines = ['| scale | steps | momentum | random start left | with the published momentum |']
+    lines.append('|---|---|---|---|---|')
+    for name, level in SCALES.items():
+        if level.optim:
+            steps = training_steps(level)
+            momentum = scaled_momentum(published, steps)
+            ours, theirs = (remaining_start(alpha, steps) for alpha in (momentum, published))
+            lines.append(f'| {name} | {steps:,} | {momentum:.4f} | {ours:.1%} | {theirs:.1%} |')
+    return '\n'.join(lines)
 
 # %% ../../nbs/papers/05_scales.ipynb #469c9bd7
 PAPER_WIDTH = 768  # of ViT-B, to which published numbers of channels refer
