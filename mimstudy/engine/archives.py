@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..core.errors import StudyError
 from .files import write_atomic
-from .image_folder import SPLITS, check_classes, find_split, is_image_file
+from .image_folder import SPLITS, check_classes, find_split, is_hidden, is_image_file
 
 # %% ../../nbs/engine/28_archives.ipynb #70e31222
 def list_archive(
@@ -52,8 +52,9 @@ def _read_members(file, splits, per_class):
     members = {}
     with tarfile.open(file) as archive:
         for member in archive:
-            *_, split, label, name = ('', '', *member.name.split('/'))
-            if not (split and member.isfile() and is_image_file(name)):
+            *_, split, label, name = parts = ('', '', *member.name.split('/'))
+            hidden = any(is_hidden(part) for part in parts if part not in ('.', '..'))
+            if not split or hidden or not member.isfile() or not is_image_file(name):
                 continue
             group = members.setdefault((split, label), [])
             if split in splits and len(group) != per_class:

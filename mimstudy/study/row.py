@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONSTANT_IMAGES', 'CURVE_POINTS', 'UNRECORDED', 'ResultsFolder', 'report_message', 'report_warnings', 'Pretrained',
-           'load_training_images', 'training_usage', 'pretrain', 'evaluation_settings', 'probe_encoder',
-           'train_further', 'evaluate_row', 'show_log', 'show_blocks', 'show_attention']
+           'load_training_images', 'load_probe_images', 'training_usage', 'pretrain', 'evaluation_settings',
+           'probe_encoder', 'train_further', 'has_classes', 'evaluate_row', 'show_log', 'show_blocks', 'show_attention']
 
 # %% ../../nbs/study/35_row.ipynb #8fa42c17
 import time
@@ -27,7 +27,7 @@ from ..core.plotting import show_curves, show_heatmaps
 from ..core.settings import resolve_device, settings
 from ..engine.config import SEPARATE_CROPS
 from ..engine.datasets import ImageDataset, InMemoryDataset, load_dataset
-from ..engine.image_folder import RandomCrop
+from ..engine.image_folder import NO_CLASSES, RandomCrop
 from ..engine.train import TrainingResult, peak_memory, train
 from ..engine.training_config import PretrainConfig
 from ..engine.training_log import print_event, progress_style
@@ -105,15 +105,34 @@ class Pretrained(NamedTuple):
 def load_training_images(
     experiment: Experiment,
 ) -> ImageDataset:
-    "The images of the pre-training; a validation image that cannot be read is a `StudyError`."
+    "The images of the pre-training; a `StudyError` if they or the images of the probes cannot be used."
     data = experiment.config.data
     crop = None
     if data.views not in SEPARATE_CROPS:
         crop = RandomCrop(data.crop, flip=data.flip, seed=experiment.seed)
-    load_dataset(data.dataset, 'val', data.size, strict=True)
     images = load_dataset(data.dataset, 'train', data.size, data.per_class, crop=crop)
     _check_batch(experiment, len(images))
+    if images.classes != [NO_CLASSES]:
+        load_probe_images(experiment)
     return images
+
+
+def load_probe_images(
+    experiment: Experiment,
+) -> tuple[ImageDataset, ImageDataset]:  # training and validation images
+    "The labelled images of the probes; a `StudyError` for broken images and for labels that do not fit."
+    data = experiment.config.data
+    images = load_dataset(data.dataset, 'train', data.size, data.per_class)
+    val = load_dataset(data.dataset, 'val', data.size, strict=True)
+    if images.classes != val.classes:
+        differing = sorted({*images.classes} ^ {*val.classes})
+        raise StudyError(
+            f'the classes of {data.dataset} differ between training and validation images: '
+            f'{", ".join(differing[:4])}'
+        )
+    if len(images.classes) < 2:
+        raise StudyError(f'{data.dataset} has one class, "{images.classes[0]}"; a probe needs at least two')
+    return images, val
 
 
 def _check_batch(experiment, images):
@@ -208,9 +227,8 @@ def probe_encoder(
 ) -> list[dict]:  # one record for each protocol
     "Read every block of an encoder in one pass and apply the probes."
     start = time.perf_counter()
-    data, device = experiment.config.data, resolve_device(settings().device)
-    images = load_dataset(data.dataset, 'train', data.size, data.per_class)
-    val = load_dataset(data.dataset, 'val', data.size, strict=True)
+    device = resolve_device(settings().device)
+    images, val = load_probe_images(experiment)
     names = ', '.join(protocols)
     message = f'{experiment.row} · reading {len(images):,} + {len(val):,} images for {names}'
     report_message('message', message)
@@ -258,6 +276,14 @@ def train_further(
     return one
 
 # %% ../../nbs/study/35_row.ipynb #2eff84dc
+def has_classes(
+    experiment: Experiment,
+) -> bool:
+    "Whether the images of an experiment are labelled; images without labels can be pre-trained on only."
+    data = experiment.config.data
+    return load_dataset(data.dataset, 'train', data.size, data.per_class).classes != [NO_CLASSES]
+
+
 @report_warnings()
 def evaluate_row(
     experiment: Experiment,
@@ -265,6 +291,9 @@ def evaluate_row(
     store: RecordStore,  # to which the records are added
 ) -> list[dict]:  # one record for each protocol
     "Apply every requested protocol to the encoder of an experiment and write the records."
+    if not has_classes(experiment):
+        report_message('message', f'{experiment.dataset} has no classes, so nothing is evaluated')
+        return []
     probes = [protocol for protocol in experiment.protocols if protocol in PROBES]
     further = [protocol for protocol in experiment.protocols if protocol not in PROBES]
     records = probe_encoder(experiment, trained, store, probes) if probes else []

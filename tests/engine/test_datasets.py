@@ -23,6 +23,7 @@ from mimstudy.engine.datasets import (
     read_folder,
 )
 from mimstudy.engine.image_folder import (
+    NO_CLASSES,
     FolderDataset,
     RandomCrop,
     decode_image,
@@ -487,3 +488,116 @@ def test_real_archive(real_data):
     assert dataset.images.shape == (101, 3, 64, 64) and dataset.labels.tolist() == list(range(101))
     assert len(dataset.classes) == DATASETS['caltech101-72'].classes and 'watch' in dataset.classes
     assert 100 < dataset.images.float().mean() < 160
+
+
+# -- layouts that people have --------------------------------------------------------------------------------
+
+
+def save_images(folder, count, suffix='.png', start=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(start, start + count):
+        noise_image(i, 40).save(folder / f'{i:03}{suffix}')
+
+
+def test_flat_validation_images_beside_classes_are_refused(tmp_path):
+    root = tmp_path / 'set'
+    for label in ('ant', 'bee'):
+        save_images(root / 'train' / label, 3)
+    save_images(root / 'val', 3)
+    message = refusal(list_images, root, 'val')
+    assert message == (
+        'set/val has no folders of classes, and another split has; arrange its images as val/CLASS/FILE'
+    )
+
+
+@pytest.mark.parametrize('below', ['train', '.'])
+def test_without_a_validation_split_a_tenth_of_each_class_is_held_out(tmp_path, below):
+    root = tmp_path / 'set'
+    for label, count in (('ant', 23), ('bee', 4)):
+        save_images(root / below / label, count)
+    train, labels, classes = list_images(root, 'train')
+    with pytest.warns(UserWarning, match='set has no validation split'):
+        val, val_labels, val_classes = list_images(root, 'val')
+    assert classes == val_classes == ['ant', 'bee']
+    assert not set(train) & set(val) and len(train) + len(val) == 27
+    assert torch.bincount(val_labels).tolist() == [2, 1]
+
+
+@pytest.mark.parametrize('below', ['train', '.'])
+def test_images_without_classes_are_all_taken(tmp_path, below):
+    root = tmp_path / 'set'
+    save_images(root / below, 12)
+    files, labels, classes = list_images(root, 'train', per_class=5)
+    assert len(files) == 12 and classes == [NO_CLASSES]
+
+
+def test_hidden_files_and_folders_are_no_data(tmp_path):
+    root = tmp_path / 'set'
+    for split in ('train', 'val'):
+        for label in ('ant', 'bee'):
+            save_images(root / split / label, 2)
+        save_images(root / split / 'ant' / '.ipynb_checkpoints', 3)
+        save_images(root / split / '.ipynb_checkpoints', 3)
+        save_images(root / split / '__MACOSX', 1)
+    files, _, classes = list_images(root, 'train')
+    assert len(files) == 4 and classes == ['ant', 'bee']
+    archive = tmp_path / 'set.tar.xz'
+    with tarfile.open(archive, 'w:xz') as tar:
+        tar.add(root, 'set')
+    names, _, _, classes = list_archive(archive, 'train')
+    assert len(names) == 4 and classes == ['ant', 'bee']
+
+
+def test_tiny_imagenet_as_published(tmp_path):
+    root = tmp_path / 'tiny-imagenet-200'
+    for label in ('n01', 'n02'):
+        save_images(root / 'train' / label / 'images', 3, '.JPEG')
+    save_images(root / 'val' / 'images', 4, '.JPEG')
+    save_images(root / 'test' / 'images', 2, '.JPEG')
+    lines = [f'{i:03}.JPEG\tn0{1 + i % 2}\t0\t0\t62\t62' for i in range(4)]
+    (root / 'val' / 'val_annotations.txt').write_text('\n'.join(lines) + '\n')
+    files, labels, classes = list_images(root, 'val')
+    assert classes == list_images(root, 'train')[2] == ['n01', 'n02']
+    assert [int(file[-8:-5]) % 2 for file in files] == labels.tolist() == [0, 0, 1, 1]
+    assert decode_image(files[0]) is not None
+
+
+def test_shards_are_said_to_be_shards(tmp_path):
+    (tmp_path / 'set').mkdir()
+    (tmp_path / 'set' / '0000.tar').write_bytes(b'')
+    assert refusal(list_images, tmp_path / 'set', 'train') == (
+        'set has no image, but 1 .tar files; unpack them into folders CLASS/FILE'
+    )
+
+
+# -- what a file means ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'values, suffix',
+    [
+        (np.array([[0, 32768, 65535]], np.uint16), 'png'),
+        (np.array([[0, 32768, 65535]], np.uint16), 'tif'),
+        (np.array([[0, 0.5, 1]], np.float32), 'tif'),
+        (np.array([[0, 127.5, 255]], np.float32), 'tif'),
+        (np.array([[0, 32768, 65535]], np.int32), 'tif'),
+    ],
+)
+def test_wide_values_are_scaled_by_their_range(tmp_path, values, suffix):
+    Image.fromarray(values).save(tmp_path / f'x.{suffix}')
+    image = decode_image(tmp_path / f'x.{suffix}')
+    assert [image.getpixel((i, 0)) for i in range(3)] == [(0,) * 3, (128,) * 3, (255,) * 3]
+
+
+@pytest.mark.parametrize('values', [[-1.0, 0.0, 1.0], [0.0, 1.0, 1e6]])
+def test_values_of_an_unknown_range_are_refused(tmp_path, values):
+    Image.fromarray(np.array([values], np.float32)).save(tmp_path / 'x.tif')
+    assert decode_image(tmp_path / 'x.tif') is None
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    upright = noise_image(5, 40, 2.0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored sideways: turn by 90 degrees clockwise to see it upright
+    upright.rotate(90, expand=True).save(tmp_path / 'x.png', exif=exif)
+    assert to_tensor(decode_image(tmp_path / 'x.png')).equal(to_tensor(upright))
