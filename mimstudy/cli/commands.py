@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from .. import __version__
 from .listing import LISTS, list_lines
 from mimstudy.cli.options import (
     Commands,
@@ -32,17 +33,27 @@ from ..core.errors import StudyError
 # %% ../../nbs/cli/50_commands.ipynb #99457f89
 app = typer.Typer(
     cls=Commands,
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings=dict(help_option_names=['-h', '--help']),
     help='A study of masked image modelling: ConMIM and SemanticMIM, from images to tables.',
 )
 
 
+def _show_version(wanted: bool):
+    if wanted:
+        typer.echo(f'mimstudy {__version__}')
+        raise typer.Exit()
+
+
 @app.callback()
-def _study():
-    "A study of masked image modelling."
+def _study(
+    version: Annotated[
+        bool, typer.Option('--version', callback=_show_version, is_eager=True, help='show the version')
+    ] = False,
+):
+    "A study of masked image modelling: ConMIM and SemanticMIM, from images to tables."
 
 
 def typed_path(

@@ -17,7 +17,7 @@ from ..core.errors import StudyError
 from ..core.plotting import GREY, PAGE_DPI, PALETTE, WIDTH, legend_beside, new_axes
 from ..core.scenes import scenes
 from ..engine.files import write_atomic
-from ..papers.experiments import table_experiment
+from ..papers.experiments import slug, table_experiment
 from ..papers.table_classes import Table
 from ..papers.tables import TABLES
 from ..parts.encoder import Encoder
@@ -186,6 +186,6 @@ def write_figures(
         for what, figure in figures.items():
             if figure is not None:
                 png = figure.png(PAGE_DPI)
-                file = folder / f'{what}-{scale}-{dataset}.png'
+                file = folder / f'{what}-{scale}-{slug(dataset)}.png'
                 written.append(write_atomic(file, lambda path, png=png: path.write_bytes(png)))
     return written

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..core.errors import StudyError
 from ..engine.files import write_atomic
+from ..papers.experiments import slug
 from ..papers.scales import SCALES
 from ..papers.table_classes import Table
 from ..papers.tables import TABLES
@@ -69,8 +70,8 @@ def page(
 
 
 def page_name(table: str, scale: str, dataset: str) -> str:
-    "The name of a page's file."
-    return f'{table}-{scale}-{dataset}.md'
+    "The name of a page's file; a dataset's name is not trusted to be a file name."
+    return f'{table}-{scale}-{slug(dataset)}.md'
 
 
 def write_tables(

@@ -278,3 +278,13 @@ def test_help_lists_and_wrong_flags_import_no_torch(words):
     command = [sys.executable, '-c', WITHOUT_TORCH, *words.split()]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# -- entry points ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('arguments', [['--version'], ['-h'], ['run', '-h']])
+def test_the_command_as_a_module(arguments):
+    done = subprocess.run([sys.executable, '-m', 'mimstudy', *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith('mimstudy 0' if '--version' in arguments else 'Usage: mimstudy')

@@ -3,6 +3,7 @@
 import json
 import math
 import multiprocessing
+import os
 import re
 import shutil
 from pathlib import Path
@@ -16,7 +17,9 @@ from mimstudy.papers.experiments import experiment
 from mimstudy.papers.tables import TABLES
 from mimstudy.study.build import build_encoder
 from mimstudy.study.encoder_files import save_encoder
-from mimstudy.study.records import FIELDS, RecordStore
+from mimstudy.report.pages import write_tables
+from mimstudy.study import records
+from mimstudy.study.records import FIELDS, RecordStore, read_record
 
 RESULTS = Path(__file__).resolve().parents[2] / 'results'
 
@@ -147,3 +150,56 @@ def test_a_published_encoder_is_found_without_its_run(tmp_path):
     assert file.is_relative_to(tmp_path / 'encoders') and file.stat().st_size < 2**18
     shutil.rmtree(run)
     assert store.encoder(one.train_id).config == encoder.config
+
+
+def hostile(**values):
+    return invented_record('semanticmim-t1/beit', linear_1_patch=1.0) | values
+
+
+@pytest.mark.parametrize(
+    'values, message',
+    [
+        (dict(dataset='<script>x</script>'), 'its dataset is not a plain name'),
+        (dict(device='cpu | [x](http://y)'), 'its device is not a plain name'),
+        (dict(commit='a\nb'), 'its commit is not a plain name'),
+        (dict(table=['semanticmim-t1']), 'its table is not a plain name'),
+        (dict(scores={'linear/1/patch': 'much'}), 'its scores are not numbers'),
+        (dict(scores=[1]), 'its scores are not numbers'),
+    ],
+)
+def test_what_a_file_holds_is_not_trusted(tmp_path, capsys, values, message):
+    store = RecordStore(tmp_path)
+    file = tmp_path / 'scores' / 'x.json'
+    file.parent.mkdir()
+    file.write_text(json.dumps(hostile(**values)))
+    assert store.find() == []
+    assert store.frame().empty
+    errors = capsys.readouterr().err
+    assert errors.count('\n') == 1 and message in errors, 'said once'
+
+
+def test_a_dataset_name_is_no_path(tmp_path):
+    store = RecordStore(tmp_path / 'results')
+    name = 'x/../../../outside'
+    store.add(hostile(dataset=name, id='y'))
+    write_tables(store)
+    files = [file for file in tmp_path.rglob('*') if file.is_file()]
+    assert all(file.is_relative_to(tmp_path / 'results') for file in files)
+
+
+def test_deeply_nested_json_is_left_out(tmp_path, capsys):
+    (tmp_path / 'scores').mkdir()
+    (tmp_path / 'scores' / 'deep.json').write_text('[' * 100_000 + ']' * 100_000)
+    assert RecordStore(tmp_path).find() == []
+    assert 'deep.json is left out' in capsys.readouterr().err
+
+
+def test_a_record_is_read_once_and_again_after_a_change(tmp_path, monkeypatch):
+    store = RecordStore(tmp_path)
+    file = store.add(hostile())
+    calls = []
+    monkeypatch.setattr(records, 'read_record', lambda file: calls.append(file) or read_record(file))
+    assert store.find() == store.find() and len(calls) == 1
+    file.write_text(json.dumps(hostile(seed=7)))
+    os.utime(file, ns=(1, 1))
+    assert [one['seed'] for one in store.find()] == [7] and len(calls) == 2
