@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['IN_MEMORY', 'SCENES_NOTE', 'IMAGENET_NOTE', 'DATASETS', 'SCENES', 'ImageDataset', 'InMemoryDataset', 'first_of_each',
            'decode_into_memory', 'report_broken', 'read_archive', 'read_folder', 'DatasetInfo', 'dataset_names',
-           'read_download', 'scenes_dataset', 'load_dataset']
+           'read_download', 'scenes_dataset', 'load_dataset', 'fingerprint']
 
 # %% ../../nbs/engine/30_datasets.ipynb #dd3bfa1b
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
@@ -22,11 +24,13 @@ from ..core.errors import StudyError, check_name
 from ..core.scenes import CLASSES, scenes
 from ..core.settings import dataset_path, settings
 from .archives import cache_file, list_archive, load_or_decode
+from .config import short_hash
 from .downloads import fetch_dataset
 from mimstudy.engine.image_folder import (
     FolderDataset,
     RandomCrop,
     decode_image,
+    files_below,
     find_split,
     list_images,
     resize_and_center_crop,
@@ -279,3 +283,21 @@ def load_dataset(
     if root.is_dir():
         return read_folder(root, split, size, per_class, strict, crop)
     return _cached_archive(root, split, size, per_class, strict)
+
+# %% ../../nbs/engine/30_datasets.ipynb #bd8adbe8
+def fingerprint(
+    name: str,  # of a dataset that can be loaded
+) -> str:  # '35,200 files, 1a2b3c4d5e6f', or the name of a dataset that is made or downloaded
+    "A text that changes when the files of a dataset change."
+    if name in DATASETS and DATASETS[name].kind != 'local':
+        return name
+    root = dataset_path(name, settings())
+    if root.is_dir():
+        files = [(os.path.relpath(file, root), os.stat(file).st_size) for file in files_below(root)]
+        return f'{len(files):,} files, {short_hash(files, 12)}'
+    size = root.stat().st_size
+    with root.open('rb') as archive:
+        ends = [archive.read(2**16)]
+        archive.seek(max(0, size - 2**16))
+        ends.append(archive.read())
+    return f'{size:,} bytes, {sha256(b"".join(ends)).hexdigest()[:12]}'

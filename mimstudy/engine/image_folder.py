@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'SPLITS', 'NO_CLASSES', 'SPLIT_NAMES', 'decode_image', 'resize_and_center_crop', 'RandomCrop',
-           'random_crop', 'is_hidden', 'is_image_file', 'find_split', 'check_classes', 'list_images', 'hold_out_tenth',
-           'FolderDataset', 'batch_loader']
+           'random_crop', 'is_hidden', 'is_image_file', 'find_split', 'check_classes', 'list_images', 'files_below',
+           'hold_out_tenth', 'FolderDataset', 'batch_loader']
 
 # %% ../../nbs/engine/25_image_folder.ipynb #2f3ef7eb
 import os
@@ -167,8 +167,10 @@ def _subfolders(folder):
     return sorted(f.name for f in os.scandir(folder) if f.is_dir() and not is_hidden(f.name))
 
 
-def _files_below(folder):
-    "All image files in a folder and its subfolders, sorted."
+def files_below(
+    folder: Path,
+) -> list[str]:
+    "All image files in a folder and its subfolders, sorted; hidden ones do not count."
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not is_hidden(name)]
@@ -213,7 +215,7 @@ def _group_by_class(root, name):
         return _annotated_files(folder)
     classes = _all_classes(root, name)
     if not classes:
-        files = _files_below(folder)
+        files = files_below(folder)
         if not files:
             raise StudyError(_why_no_images(folder, root.name))
         return {NO_CLASSES: files}
@@ -222,7 +224,7 @@ def _group_by_class(root, name):
             f'{root.name}/{name} has no folders of classes, and another split has; '
             f'arrange its images as {name}/CLASS/FILE'
         )
-    return {label: _files_below(folder / label) for label in classes}
+    return {label: files_below(folder / label) for label in classes}
 
 
 def _annotated_files(folder):

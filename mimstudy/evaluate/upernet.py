@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from ..core.errors import StudyError
 from ..core.task import Batch, Task
-from ..engine.segmentation_data import IGNORE_LABEL
 from .features import patch_maps
+from .segmentation import pixel_loss
 from ..parts.encoder import Encoder
 
 # %% ../../nbs/evaluate/upernet.ipynb #9421a9fa
@@ -93,10 +93,8 @@ class UperNet(Task):
         maps = self.maps(batch.views[0])
         auxiliary = self.auxiliary_head(maps[2])
         auxiliary = F.interpolate(auxiliary, label.shape[-2:], mode='bilinear', align_corners=False)
-        main_loss = F.cross_entropy(
-            self.logits(maps, label.shape[-1]).float(), label, ignore_index=IGNORE_LABEL
-        )
-        auxiliary_loss = F.cross_entropy(auxiliary.float(), label, ignore_index=IGNORE_LABEL)
+        main_loss = pixel_loss(self.logits(maps, label.shape[-1]), label)
+        auxiliary_loss = pixel_loss(auxiliary, label)
         return {'loss': main_loss + self.auxiliary_weight * auxiliary_loss, 'main': main_loss.detach()}
 
     def predict(

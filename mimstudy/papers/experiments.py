@@ -6,6 +6,7 @@
 __all__ = ['slug', 'used_values', 'run_suffix', 'Experiment', 'table_experiment', 'experiment']
 
 # %% ../../nbs/papers/35_experiments.ipynb #99956331
+import json
 import re
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from ..core.errors import check_name
 from ..engine.config import Config, short_hash
 from ..engine.training_config import DownstreamConfig, PretrainConfig, changed
 from .downstream import downstream_config
+from ..methods.catalogue import method_options
 from .pretraining import pretraining
 from .scales import SCALES, at_scale, scale_downstream
 from .table_classes import PROBES, Table
@@ -24,13 +26,19 @@ def slug(text: str) -> str:
     return re.sub(r'[^\w.=+]+', '-', text).strip('-')
 
 
+def _without_defaults(method, options):
+    "The options of a method that differ from their defaults: naming a default changes nothing."
+    defaults = json.loads(json.dumps(method_options(method), default=str))
+    return {name: value for name, value in options.items() if defaults.get(name) != value}
+
+
 def used_values(
     config: dict,  # `PretrainConfig.to_json()`
     features: str,  # 'trained', 'random' or 'pixels'
 ) -> dict:  # a part of `config`
     "The values that a result depends on."
     if features == 'trained':
-        return config
+        return config | dict(options=_without_defaults(config['method'], config['options']))
     data = {name: config['data'][name] for name in ('dataset', 'per_class', 'size')}
     if features == 'pixels':
         return dict(data=data)

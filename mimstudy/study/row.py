@@ -26,7 +26,7 @@ from ..core.errors import StudyError
 from ..core.plotting import show_curves, show_heatmaps
 from ..core.settings import resolve_device, settings
 from ..engine.config import SEPARATE_CROPS
-from ..engine.datasets import ImageDataset, InMemoryDataset, load_dataset
+from ..engine.datasets import ImageDataset, InMemoryDataset, fingerprint, load_dataset
 from ..engine.image_folder import NO_CLASSES, RandomCrop
 from ..engine.train import TrainingResult, peak_memory, train
 from ..engine.training_config import PretrainConfig
@@ -234,6 +234,7 @@ def probe_encoder(
     report_message('message', message)
     scores = evaluate(protocols, trained.encoder, images, val, device)
     usage = trained.usage | dict(
+        fingerprint=fingerprint(experiment.dataset),
         seconds=trained.usage.get('seconds', 0.0) + time.perf_counter() - start,
         peak_memory=trained.usage.get('peak_memory') or peak_memory(device),
     )
@@ -260,6 +261,7 @@ def train_further(
     result = train_downstream(protocol, config, trained.encoder, out, experiment.seed)
     seconds = max(result.seconds, time.perf_counter() - start)
     usage = trained.usage | dict(
+        fingerprint=fingerprint(experiment.dataset),
         seconds=trained.usage.get('seconds', 0.0) + seconds,
         peak_memory=result.peak_memory,
     )

@@ -10,7 +10,14 @@ from torch.nn import functional as F
 from mimstudy.core.scenes import REGIONS
 from mimstudy.core.task import Batch
 from mimstudy.engine.datasets import InMemoryDataset
-from mimstudy.evaluate.segmentation import Segmenter, confusion_matrix, mean_iou, segmentation_scores
+from mimstudy.engine.segmentation_data import IGNORE_LABEL
+from mimstudy.evaluate.segmentation import (
+    Segmenter,
+    confusion_matrix,
+    mean_iou,
+    pixel_loss,
+    segmentation_scores,
+)
 from mimstudy.evaluate.upernet import UperNet
 from mimstudy.parts.finetuning import prepare_finetuning
 
@@ -72,3 +79,15 @@ def test_upernet_learns_and_trains_every_weight(encoder_class):
     assert losses[-1] < 0.8 * losses[0]
     assert [name for name, p in task.named_parameters() if p.grad is None] == []
     assert task.eval().predict(X, 20)[0].shape == (24, 20, 20)
+
+
+def test_a_batch_without_classes_has_no_loss():
+    "Pixels that are ignored do not count; if all are, the loss is 0 and its gradient too, not NaN."
+    logits = torch.randn(2, 5, 8, 8, requires_grad=True)
+    labels = torch.randint(5, (2, 8, 8))
+    labels[0] = IGNORE_LABEL
+    expected = torch.nn.functional.cross_entropy(logits[1:], labels[1:])
+    assert torch.isclose(pixel_loss(logits, labels), expected)
+    loss = pixel_loss(logits, torch.full_like(labels, IGNORE_LABEL))
+    loss.backward()
+    assert loss == 0 and (logits.grad == 0).all()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from mimstudy.papers.experiments import experiment, table_experiment
 from mimstudy.papers.scales import SCALES
 from mimstudy.papers.table_classes import Row, Table
 from mimstudy.papers.conmim_tables import CONMIM_ABLATIONS
-from mimstudy.papers.tables import TABLES
+from mimstudy.papers.tables import SEMANTICMIM_T1, TABLES
 
 EVERY_ROW = [f'{table.name}/{row.name}' for table in TABLES.values() for row in table.rows]
 
@@ -109,3 +110,11 @@ def test_a_record_is_named_by_the_values_of_its_training(monkeypatch):
     other = DOWNSTREAM['semanticmim_voc'].but(optim=dict(weight_decay=0.5))
     monkeypatch.setitem(DOWNSTREAM, 'semanticmim_voc', other)
     assert e.record_id('voc') != voc and e.record_id('linear') == linear == f'{e.id}-linear'
+
+
+def test_naming_a_default_changes_no_identifier():
+    plain = table_experiment(SEMANTICMIM_T1, 'maskfeat', 'smoke')
+    named = replace(plain, config=plain.config.but(options=dict(window=True)))
+    other = replace(plain, config=plain.config.but(options=dict(window=False)))
+    assert named.id == plain.id and named.train_id == plain.train_id
+    assert other.id != plain.id
