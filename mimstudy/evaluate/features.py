@@ -99,12 +99,14 @@ def raw_pixels(
 def flat_scores(
     protocol: str,  # 'linear', 'knn' …
     scores: dict[tuple[int, str], float],  # (block, token) -> score, higher is better
+    chosen_by: dict[tuple[int, str], float] | None = None,  # decides the best block; the scores by default
 ) -> dict[str, float]:  # 'linear/3/prefix', 'linear/best/prefix', 'linear/best/prefix/block' …
     "Scores under flat names, and the best block for each kind of token (the first one if several are equal)."
+    chosen_by = chosen_by or scores
     flat = {f'{protocol}/{block}/{token}': score for (block, token), score in scores.items()}
     for token in dict.fromkeys(token for block, token in scores if block):
         blocks = [block for block, kind in scores if kind == token]
-        best = max(blocks, key=lambda block: scores[block, token])
+        best = max(blocks, key=lambda block: chosen_by[block, token])
         flat[f'{protocol}/best/{token}'] = scores[best, token]
         flat[f'{protocol}/best/{token}/block'] = best
     return flat

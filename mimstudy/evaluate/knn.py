@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..core.errors import StudyError
 from .features import Features, flat_scores
+from .linear import held_out
 
 # %% ../../nbs/evaluate/knn.ipynb #09270f5e
 def knn_votes(
@@ -36,7 +37,13 @@ def _top1(train, val, entry, k, temperature, chunk):
         knn_votes(part, bank, train.labels, len(train.classes), k, temperature).argmax(1)
         for part in queries.split(chunk)
     ]
-    return 100 * (torch.cat(predictions) == val.labels).sum().item() / len(val.labels)
+    return 100 * (torch.cat(predictions) == val.labels).sum().item() / max(1, len(val.labels))
+
+
+def _part(features, mask):
+    "The features of some of the images."
+    table = {entry: x[mask] for entry, x in features.table.items()}
+    return Features(table, features.labels[mask], features.classes)
 
 
 def knn(
@@ -46,9 +53,15 @@ def knn(
     temperature: float = 0.07,  # τ (DINO)
     chunk: int = 1024,  # queries at a time
 ) -> dict[str, float]:  # 'knn/3/patch' …: top-1 accuracy in %
-    "Top-1 accuracy of weighted k-nearest neighbours, for every block and kind of token."
+    "Top-1 accuracy of k-nearest neighbours for every block; held-out training images decide the best block."
     n = len(train.labels)
     if k > n:
         raise StudyError(f'{k} neighbours cannot be found among {n} training images; choose a smaller k')
-    scores = {entry: _top1(train, val, entry, k, temperature, chunk) for entry in train.table}
-    return flat_scores('knn', scores)
+    mask = held_out(train.labels)
+    kept, scored = (_part(train, part) for part in (~mask, mask))
+    scores = {}
+    chosen_by = {}
+    for entry in train.table:
+        scores[entry] = _top1(train, val, entry, k, temperature, chunk)
+        chosen_by[entry] = _top1(kept, scored, entry, min(k, len(kept.labels)), temperature, chunk)
+    return flat_scores('knn', scores, chosen_by)

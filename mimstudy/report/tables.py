@@ -256,7 +256,10 @@ LEGEND = (
     'and of the choice of validation images; for one seed only the latter. A difference is *within noise* if '
     'its interval contains 0.'
 )
-BEST = 'Every score is that of the best block, chosen on the validation images, for all rows alike.'
+BEST = (
+    'Every score of a probe is that of the best block, which is chosen on held-out training images; '
+    'segmentation chooses it on the validation images. All rows alike.'
+)
 
 
 def _range(values):

@@ -290,7 +290,7 @@ def test_the_penalty_is_chosen_without_the_validation_images(g):
         )
         for p in PENALTIES
     ]
-    penalty, _ = choose_penalty(x, train.labels, 5)
+    penalty, _, _ = choose_penalty(x, train.labels, 5)
     assert max(scores) - scores[PENALTIES.index(penalty)] <= 1.5 / held.sum()
     expected = sklearn_fit(x, train.labels, penalty).score(x_val.double().numpy(), val.labels.numpy())
     assert abs(linear(train, val)['linear/1/patch'] - 100 * expected) <= 0.4
@@ -360,3 +360,17 @@ def test_scores_on_a_gpu_are_those_on_the_cpu():
     here, there = (evaluate(PROTOCOLS, make_encoder(), train, val, device) for device in ('cpu', 'cuda'))
     again = evaluate(PROTOCOLS, make_encoder(), train, val, 'cuda')
     assert again == there and all(abs(here[k] - there[k]) <= 2 for k in here if not k.endswith('block'))
+
+
+@pytest.mark.parametrize('protocol', [linear, knn])
+def test_the_best_block_is_chosen_without_the_validation_images(protocol, g):
+    "Block 2 has the signal in training; validation images whose block 1 is better do not change the choice."
+    y = torch.arange(400) % 4
+    signal = torch.eye(4)[y] + 0.3 * torch.randn(400, 4, generator=g)
+    noise = torch.randn(400, 4, generator=g)
+    train = Features({(1, 'patch'): noise, (2, 'patch'): signal}, y, list('abcd'))
+    val = Features({(1, 'patch'): signal, (2, 'patch'): noise}, y, list('abcd'))
+    scores = protocol(train, val)
+    name = protocol.__name__
+    assert scores[f'{name}/best/patch/block'] == 2
+    assert scores[f'{name}/best/patch'] == scores[f'{name}/2/patch']
