@@ -24,6 +24,7 @@ class Task(nn.Module):
 
     sync_batch_norm = False  # whether batch norms share their statistics among processes (CUDA only)
     separate_crops = False  # whether views may come from different crops of an image
+    whole_batch = False  # whether the loss compares images of a batch with one another
 
     def forward(
         self,

@@ -44,4 +44,6 @@ def conmim(
     if dictionary in ('image', 'filtered'):
         measures['position_loss'] = partial(position_contrast, tau=tau)
     criterion = partial(contrast, tau=tau, **options)
-    return MIM(pathway(encoder), head, TeacherFeatures(teacher), criterion, measures)
+    task = MIM(pathway(encoder), head, TeacherFeatures(teacher), criterion, measures)
+    task.whole_batch = dictionary in ('device', 'instance')
+    return task

@@ -3,6 +3,8 @@
 A new method is tested as soon as it has its line in the catalogue and its configuration."""
 
 import copy
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from mimstudy.core.errors import StudyError
 from mimstudy.core.scenes import scenes
 from mimstudy.engine.datasets import InMemoryDataset
+from mimstudy.engine.session import warn_about_slices
 from mimstudy.methods.catalogue import METHODS, MIM_METHODS
 from mimstudy.methods.semanticmim import semanticmim
 from mimstudy.papers.pretraining import PRETRAININGS, with_absolute_positions, with_proxies
@@ -201,3 +204,34 @@ def test_the_loss_of_a_constant_prediction(name):
         for _ in range(5):
             other = torch.randn(k, generator=generator).expand(b, m, k)
             assert task.criterion(other, target, batch.mask) > constant
+
+
+def gradient_of_slices(name, slices):
+    "The gradient of a batch of 8 images, summed over slices; masks, views and layers without randomness."
+    config = config_of(name).but(encoder=dict(drop_path=0.0))
+    task = build_task(config, DATASET, 0)
+    whole = build_batch_function(config)(
+        IMAGES.images[:8], IMAGES.label[:8], torch.Generator().manual_seed(0)
+    )
+    for part in torch.arange(8).chunk(slices):
+        mask = whole.mask
+        if mask is not None and len(mask.hidden) == 8:
+            mask = type(mask)(*[field[part] if torch.is_tensor(field) else field for field in mask])
+        batch = whole._replace(views=[view[part] for view in whole.views], mask=mask, label=whole.label[part])
+        (task(batch, 0.5)['loss'] / slices).backward()
+    return torch.cat([p.grad.flatten() for p in task.encoder.parameters() if p.grad is not None])
+
+
+def test_slices_add_up_or_the_method_says_that_they_do_not(name):
+    "Where `warn_about_slices` is silent, the gradient of two slices is that of the whole batch."
+    task, _ = build(name)
+    config = config_of(name)
+    if config.mask and config.mask.kind == 'ibot' or name in ('deit', 'cim'):
+        pytest.skip('draws masks of two views, mixes images, or samples codes')
+    accelerator = SimpleNamespace(gradient_accumulation_steps=2, num_processes=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        warn_about_slices(task, config, accelerator)
+    whole, halves = gradient_of_slices(name, 1), gradient_of_slices(name, 2)
+    difference = (whole - halves).norm() / whole.norm()
+    assert (difference > 0.01) if caught else (difference < 1e-4), difference
