@@ -27,7 +27,7 @@ from mimstudy.analysis.attention import (
 from ..core.errors import StudyError
 from ..core.plotting import show_heatmaps
 from ..core.scenes import BACKGROUNDS, REGIONS, Scenes
-from ..parts.encoder import attention
+from ..parts.attention import attention
 from ..parts.views import normalise, resize_only
 
 # %% ../../nbs/analysis/attention_figures.ipynb #6e9d67c7

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..core.errors import StudyError
 from .files import write_atomic
-from .image_folder import SPLITS, check_classes, find_split, is_hidden, is_image_file
+from .image_layout import SPLITS, check_classes, find_split, is_hidden, is_image_file
 
 # %% ../../nbs/engine/28_archives.ipynb #70e31222
 def list_archive(

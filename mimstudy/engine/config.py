@@ -134,14 +134,8 @@ def _merged(config, name, value):
     return group.from_json(value) if group else value
 
 # %% ../../nbs/engine/00_config.ipynb #2b3942f4
-INIT_NAMES = (
-    'timm',
-    'conmim',
-    'beit',
-    'maskfeat',
-    'xavier',
-    'sincos',
-)  # how weights are drawn, see `parts.encoder`
+# how weights are drawn, see `parts.encoder`
+INIT_NAMES = ('timm', 'conmim', 'beit', 'maskfeat', 'xavier', 'sincos')
 POSITION_EMBEDDINGS = ('absolute', 'relative')  # a vector added to each token, or biases of the attention
 
 

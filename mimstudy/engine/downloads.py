@@ -14,7 +14,7 @@ from torchvision import datasets
 
 from ..core.errors import StudyError
 from ..core.settings import dataset_variable, settings
-from .image_folder import find_split
+from .image_layout import find_split
 
 # %% ../../nbs/engine/29_downloads.ipynb #804d035d
 def fetch_dataset(

@@ -20,7 +20,8 @@ from ..core.errors import StudyError
 from ..core.scenes import REGIONS, scenes
 from ..core.settings import dataset_path, settings
 from .datasets import IN_MEMORY, SCENES, ImageDataset, InMemoryDataset
-from .image_folder import FolderDataset, batch_loader, decode_image, find_split
+from .image_folder import FolderDataset, batch_loader, decode_image
+from .image_layout import find_split
 from .segmentation_files import IGNORE_LABEL, SegmentationFiles, list_pairs
 
 # %% ../../nbs/engine/32_segmentation_data.ipynb #a3dca150

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core.errors import StudyError
-from .image_folder import SPLITS, find_split, is_image_file
+from .image_layout import SPLITS, find_split, is_image_file
 
 # %% ../../nbs/engine/31_segmentation_files.ipynb #7a3ec519
 IGNORE_LABEL = 255  # label of pixels that count neither in the loss nor in the score

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROGRESS_STYLES', 'INTERACTIVE_VARIABLES', 'TrainingLog', 'read_log', 'progress_style', 'progress_event',
-           'progress_line', 'print_event', 'ProgressReporter']
+           'progress_line', 'print_event', 'report_message', 'report_warnings', 'ProgressReporter']
 
 # %% ../../nbs/engine/36_training_log.ipynb #d5cfba4e
 import csv
@@ -12,12 +12,16 @@ import json
 import os
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
+import mimstudy
 from ..core.errors import check_name
 from .files import report_write_errors, write_atomic
 
@@ -147,6 +151,34 @@ def print_event(
 ) -> None:
     "Print an event as one line of JSON, for the process that started this one."
     print(json.dumps(event), flush=True)
+
+# %% ../../nbs/engine/36_training_log.ipynb #fecc1bc2
+def report_message(
+    event: str,  # 'warning' or 'message'
+    message: str,
+) -> None:
+    "Print a message: as JSON for the process that started this one, otherwise as text."
+    if progress_style() == 'json':
+        print_event(dict(event=event, message=message))
+    else:
+        print(f'warning: {message}' if event == 'warning' else message, flush=True)
+
+
+@contextmanager
+def report_warnings() -> Iterator[None]:
+    "Report this package's warnings as messages."
+    package = Path(mimstudy.__file__).parent
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message, category, filename, *rest):
+            if Path(filename).is_relative_to(package):
+                report_message('warning', str(message))
+            else:
+                usual(message, category, filename, *rest)
+
+        warnings.showwarning = show
+        yield
 
 # %% ../../nbs/engine/36_training_log.ipynb #cba2a03e
 class ProgressReporter:

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.errors import StudyError
-from .features import Features, flat_scores
-from .linear import held_out
+from .features import Features, flat_scores, held_out
 
 # %% ../../nbs/evaluate/knn.ipynb #09270f5e
 def knn_votes(
@@ -26,7 +25,7 @@ def knn_votes(
     "The sum of the weights of the `k` nearest training images, for each class."
     similarity, nearest = (query @ bank.T).topk(k, dim=1)
     weight = (similarity / temperature).exp()
-    return (weight[:, None] @ F.one_hot(labels[nearest], classes).to(weight))[:, 0]
+    return query.new_zeros(len(query), classes).scatter_add_(1, labels[nearest], weight)
 
 # %% ../../nbs/evaluate/knn.ipynb #4825ccdd
 def _top1(train, val, entry, k, temperature, chunk):

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from ..core.errors import StudyError
 from ..core.task import Batch, Task
-from .features import patch_maps
-from .segmentation import pixel_loss
+from .features import patch_maps, pixel_loss
 from ..parts.encoder import Encoder
 
 # %% ../../nbs/evaluate/upernet.ipynb #9421a9fa

@@ -14,7 +14,7 @@ from ..core.errors import StudyError, check_name
 from ..core.task import Batch, Task
 from ..parts.encoder import Encoder
 from ..parts.heads import linear_head
-from ..parts.losses import constant_prediction, masked_ce
+from ..parts.losses import masked_ce
 from ..parts.masks import Mask, gather
 from ..parts.pathways import Substitute
 from ..parts.targets import Codes, patchify
@@ -128,7 +128,8 @@ class CIM(Task):
         if self.restore != 'pixels':
             return None
         codes = self.codes(batch)
-        frequencies = constant_prediction(masked_ce, codes, batch.mask, self.codes.K)
+        constant = masked_ce.constant(gather(codes, batch.mask.predict), self.codes.K)
+        frequencies = constant.expand(*batch.mask.predict.shape, -1)
         target = patchify(local_norm(batch.views[0], self.window), self.encoder.patch)
         variance = target.var((0, 1), correction=0).mean()
         return masked_ce(frequencies, codes, batch.mask) + self.weight * variance

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCENES_SMOKE', 'SCENES_LAPTOP', 'SCENES_GPU', 'SMOKE', 'LAPTOP', 'SCENES_EVENING', 'EVENING', 'GPU', 'SCALES',
            'LEFT_AT_END', 'PUBLISHED_MOMENTUM', 'SMALL_WIDTH', 'PAPER_WIDTH', 'DatasetScale', 'Scale',
-           'scaled_momentum', 'training_steps', 'apply_scale', 'at_scale', 'teacher_table', 'scale_downstream']
+           'scaled_momentum', 'training_steps', 'apply_scale', 'at_scale', 'scale_downstream']
 
 # %% ../../nbs/papers/05_scales.ipynb #2aac04f3
 import math
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 
 from ..core.errors import check_name
 from ..engine.training_config import DownstreamConfig, PretrainConfig, changed
-from ..parts.ema import remaining_start
 
 # %% ../../nbs/papers/05_scales.ipynb #0dac885e
 @dataclass(frozen=True, kw_only=True)
@@ -247,21 +246,6 @@ def at_scale(
     if scale == 'paper':
         return changed(config, 'chosen by the user', data=dict(dataset=dataset or config.data.dataset))
     return apply_scale(config, level, dataset, f'scale {scale}')
-
-# %% ../../nbs/papers/05_scales.ipynb #79a93c80
-def teacher_table(
-    published: float,  # α at the start
-) -> str:  # markdown
-    "The momentum of an EMA teacher at each scale, and how much of its random start is left at the end."
-    lines = ['| scale | steps | momentum | random start left | with the published momentum |']
-    lines.append('|---|---|---|---|---|')
-    for name, level in SCALES.items():
-        if level.optim:
-            steps = training_steps(level)
-            momentum = scaled_momentum(published, steps)
-            ours, theirs = (remaining_start(alpha, steps) for alpha in (momentum, published))
-            lines.append(f'| {name} | {steps:,} | {momentum:.4f} | {ours:.1%} | {theirs:.1%} |')
-    return '\n'.join(lines)
 
 # %% ../../nbs/papers/05_scales.ipynb #469c9bd7
 PAPER_WIDTH = 768  # of ViT-B, to which published numbers of channels refer

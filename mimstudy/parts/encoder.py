@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['INITS', 'Init', 'init_blocks', 'init_encoder', 'PatchProjection', 'TokenInterface', 'check_shape', 'set_mlp_drops',
-           'Encoder', 'block_features', 'attention_weights', 'attention']
+           'Encoder', 'block_features']
 
 # %% ../../nbs/parts/10_encoder.ipynb #df90f184
 import math
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -263,58 +262,3 @@ def block_features(
     "The output of every block, before the final norm, from one forward pass."
     _, blocks = encoder.forward_intermediates(x, norm=False, output_fmt='NLC', return_prefix_tokens=True)
     return [(prefix, patches) for patches, prefix in blocks]
-
-# %% ../../nbs/parts/10_encoder.ipynb #cc4b637e
-@contextmanager
-def _record_call(module):
-    "Record what `module` is called with and what it returns, as a dict with x, kwargs and out."
-    record = {}
-
-    def hook(module, args, kwargs, out):
-        record.update(x=args[0], kwargs=kwargs, out=out)
-
-    handle = module.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield record
-    finally:
-        handle.remove()
-
-
-def _qkv(attn, x):
-    "Queries, keys and values (B,H,T,D/H); also for timm's BEiT, which stores their biases separately."
-    bias = attn.qkv.bias
-    if getattr(attn, 'q_bias', None) is not None:
-        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-    qkv = F.linear(x, attn.qkv.weight, bias).unflatten(-1, (3, attn.num_heads, -1))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    if hasattr(attn, 'q_norm'):
-        q, k = attn.q_norm(q), attn.k_norm(k)
-    return q, k, v
-
-
-def attention_weights(
-    attn: nn.Module,  # the attention of a block of a timm transformer
-    x: Tensor,  # (B,T,D) its normalised input
-    bias: Tensor | None = None,  # (1,H,T,T) a relative position bias shared by all blocks
-) -> tuple[Tensor, Tensor]:  # weights (B,H,T,T), rows sum to 1; values (B,H,T,D/H)
-    "The softmax weights that a timm attention applies to `x`, and the values that it applies them to."
-    q, k, v = _qkv(attn, x)
-    logits = q * attn.scale @ k.transpose(-2, -1)
-    if getattr(attn, 'relative_position_bias_table', None) is not None:
-        logits = logits + attn._get_rel_pos_bias()
-    if bias is not None:
-        logits = logits + bias
-    return logits.softmax(-1), v
-
-# %% ../../nbs/parts/10_encoder.ipynb #7706c06a
-@torch.no_grad()
-def attention(
-    encoder: VisionTransformer,  # any timm vision transformer
-    x: Tensor,  # (B,3,S,S) normalised images
-    block: int = -1,  # which block, counted from 0; -1 is the last
-) -> Tensor:  # (B,H,T,T) row: query, column: key
-    "The attention weights of one block."
-    attn = encoder.blocks[block].attn
-    with _record_call(attn) as record:
-        encoder.forward_features(x)
-    return attention_weights(attn, record['x'], record['kwargs'].get('shared_rel_pos_bias'))[0]

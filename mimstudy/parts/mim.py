@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from ..core.task import Batch, Task
-from .losses import constant_prediction
 
 # %% ../../nbs/parts/00_mim.ipynb #788fd75d
 class MIM(Task):
@@ -68,11 +67,12 @@ class MIM(Task):
     def constant_loss(self, batch: Batch) -> Tensor:
         "The loss of the best prediction that does not depend on the image, on one batch."
         target = self.target(batch)
-        codes = target.ndim == 2
-        prediction = constant_prediction(
-            self.criterion, target, batch.mask, self.target.K if codes else target.shape[-1]
-        )
-        return self.criterion(prediction, target, batch.mask)
+        predict = batch.mask.predict
+        k = self.target.K if target.ndim == 2 else target.shape[-1]
+        wanted = target[torch.arange(len(target), device=target.device)[:, None], predict]
+        best = getattr(self.criterion, 'constant', None)
+        constant = best(wanted, k) if best else torch.zeros(k, device=target.device)
+        return self.criterion(constant.expand(*predict.shape, k), target, batch.mask)
 
     def after_step(self, progress: float) -> None:
         "Update the target after an optimiser step, if it has a method `after_step` (EMA teacher)."

@@ -65,6 +65,8 @@ def check_equal_counts(
 class Joint(nn.Module):
     "Visible patches and mask tokens in one sequence (SemanticMIM eq. 2; its BEiT and MaskFeat baselines)."
 
+    equal_counts = True  # needs masks that hide equally many patches in every image
+
     def __init__(
         self,
         encoder: Encoder,  # processes P + V + M tokens

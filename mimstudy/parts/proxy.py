@@ -90,6 +90,8 @@ class CrossBlock(nn.Module):
 class Proxy(nn.Module):
     "Compression by the encoder, reconstruction by cross-attention blocks (SemanticMIM eq. 3 and 4)."
 
+    equal_counts = True  # needs masks that hide equally many patches in every image
+
     def __init__(
         self,
         encoder: Encoder,  # its prefix tokens are the proxies; the cross-attention blocks have its sizes

@@ -31,6 +31,8 @@ def init_xavier(
 class Visible(nn.Module):
     "The encoder processes visible patches; a small decoder predicts the hidden ones (MAE)."
 
+    equal_counts = True  # needs masks that hide equally many patches in every image
+
     def __init__(
         self,
         encoder: Encoder,  # gets a fixed position embedding and MAE's initialisation

@@ -17,10 +17,9 @@ from ..papers.table_classes import Table
 from ..papers.tables import TABLES
 from .statistics import TableRecords, table_records
 from .sentences import all_sentences, answer
+from .cells import NONE, markdown_table, show_difference, show_score
 from mimstudy.report.tables import (
-    NONE,
     has_paper_numbers,
-    markdown_table,
     measured_columns,
     our_difference,
     overview,
@@ -28,8 +27,6 @@ from mimstudy.report.tables import (
     render,
     render_blocks,
     render_differences,
-    show_difference,
-    show_score,
 )
 from ..study.records import RecordStore
 

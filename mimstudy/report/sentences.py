@@ -9,13 +9,8 @@ __all__ = ['comparison_sentence', 'answer', 'sentence', 'all_sentences']
 from ..papers.scales import SCALES
 from ..papers.table_classes import Column, Row, Table
 from .statistics import TableRecords
-from mimstudy.report.tables import (
-    control_difference,
-    measured_columns,
-    our_difference,
-    paper_difference,
-    show_difference,
-)
+from .cells import show_difference
+from .tables import control_difference, measured_columns, our_difference, paper_difference
 
 # %% ../../nbs/report/25_sentences.ipynb #c4588ef5
 def _listed(items):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SELECTION_METHODS', 'SELECTION_DATASETS', 'CANDIDATES', 'ROUNDS', 'candidate_config', 'split_training_images',
-           'score_candidate', 'selection_frame', 'candidate_scores', 'winners']
+           'score_candidate', 'selection_frame', 'candidate_scores', 'winners', 'teacher_table']
 
 # %% ../../nbs/study/58_selection.ipynb #dc9a0d76
 import json
@@ -21,9 +21,10 @@ from ..engine.files import write_atomic
 from ..engine.train import train
 from ..engine.training_config import PretrainConfig
 from ..evaluate.catalogue import evaluate
-from ..evaluate.linear import held_out
+from ..evaluate.features import held_out
 from ..papers.pretraining import pretraining
-from ..papers.scales import LAPTOP, apply_scale
+from ..papers.scales import LAPTOP, SCALES, apply_scale, scaled_momentum, training_steps
+from ..parts.ema import remaining_start
 from .build import build_batch_function, build_task, evaluated_encoder
 from .provenance import provenance
 
@@ -128,3 +129,18 @@ def winners(
         names = [name or won[-1] for name in candidates]
         won.append(max(names, key=lambda name: scores[name]))
     return won
+
+# %% ../../nbs/study/58_selection.ipynb #44165e91
+def teacher_table(
+    published: float,  # α at the start
+) -> str:  # markdown
+    "The momentum of an EMA teacher at each scale, and how much of its random start is left at the end."
+    lines = ['| scale | steps | momentum | random start left | with the published momentum |']
+    lines.append('|---|---|---|---|---|')
+    for name, level in SCALES.items():
+        if level.optim:
+            steps = training_steps(level)
+            momentum = scaled_momentum(published, steps)
+            ours, theirs = (remaining_start(alpha, steps) for alpha in (momentum, published))
+            lines.append(f'| {name} | {steps:,} | {momentum:.4f} | {ours:.1%} | {theirs:.1%} |')
+    return '\n'.join(lines)

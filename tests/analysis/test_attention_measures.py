@@ -21,7 +21,8 @@ from mimstudy.analysis.attention import (
 )
 from mimstudy.core.errors import StudyError
 from mimstudy.core.scenes import REGIONS, scenes
-from mimstudy.parts.encoder import Encoder, attention
+from mimstudy.parts.attention import attention
+from mimstudy.parts.encoder import Encoder
 from mimstudy.parts.views import normalise
 
 CASES = {'k1': (1, (8, 8)), 'k8': (8, (6, 6))}  # golden name -> prefix tokens, grid

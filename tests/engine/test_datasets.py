@@ -23,14 +23,13 @@ from mimstudy.engine.datasets import (
     read_folder,
 )
 from mimstudy.engine.image_folder import (
-    NO_CLASSES,
     FolderDataset,
     RandomCrop,
     decode_image,
-    list_images,
     random_crop,
     resize_and_center_crop,
 )
+from mimstudy.engine.image_layout import NO_CLASSES, list_images
 
 CLASSES = ['ant', 'bee', 'cat']
 
@@ -165,7 +164,7 @@ def test_truncated_image_in_an_archive(tmp_path):
     file = make_archive(tmp_path / 'set.tar.xz', truncated=(4, 31))
     dataset, messages = with_warnings(read_archive, file, 'train', 32, None, False)
     assert len(dataset) == 29 and dataset.broken == 1
-    assert messages == ['1 of 30 images cannot be decoded and are left out; the first is train/bee/004.jpg']
+    assert messages == ['1 of 30 images cannot be decoded and are left out: train/bee/004.jpg']
     assert 'test/bee/031.jpg cannot be decoded' in refusal(read_archive, file, 'val', 32, None, True)
 
 
@@ -304,7 +303,7 @@ def test_strict_through_the_cache(tmp_path):
     assert dataset.broken == 1 and len(messages) == 1
     assert load_dataset('set', 'train', 32).broken == 1
     message = refusal(load_dataset, 'set', 'train', 32, strict=True)
-    assert 'train/bee/004.jpg cannot be decoded' in message
+    assert '1 of 30 images cannot be decoded: train/bee/004.jpg' in message
 
 
 # -- folders -------------------------------------------------------------------------------------------------

@@ -16,13 +16,19 @@ from mimstudy.core.errors import StudyError
 from mimstudy.core.scenes import CLASSES, scenes
 from mimstudy.engine.datasets import InMemoryDataset
 from mimstudy.evaluate.catalogue import PROTOCOLS, evaluate
-from mimstudy.evaluate.features import Features, extract_features, evaluation_mode, flat_scores, raw_pixels
+from mimstudy.evaluate.features import (
+    Features,
+    held_out,
+    extract_features,
+    evaluation_mode,
+    flat_scores,
+    raw_pixels,
+)
 from mimstudy.evaluate.knn import knn, knn_votes
 from mimstudy.evaluate.linear import (
     PENALTIES,
     choose_penalty,
     fit_logistic_regression,
-    held_out,
     linear,
     objective,
     standardise,

@@ -11,11 +11,11 @@ from mimstudy.core.scenes import REGIONS
 from mimstudy.core.task import Batch
 from mimstudy.engine.datasets import InMemoryDataset
 from mimstudy.engine.segmentation_data import IGNORE_LABEL
+from mimstudy.evaluate.features import pixel_loss
 from mimstudy.evaluate.segmentation import (
     Segmenter,
     confusion_matrix,
     mean_iou,
-    pixel_loss,
     segmentation_scores,
 )
 from mimstudy.evaluate.upernet import UperNet

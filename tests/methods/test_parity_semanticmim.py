@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.functional import layer_norm
 
 from mimstudy.core.task import Batch
-from mimstudy.parts.encoder import Encoder, attention, block_features
+from mimstudy.parts.attention import attention
+from mimstudy.parts.encoder import Encoder, block_features
 from mimstudy.parts.heads import linear_head
 from mimstudy.parts.losses import masked_ce, masked_mse
 from mimstudy.parts.masks import make_mask

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from mimstudy.parts.encoder import Encoder, attention, attention_weights
+from mimstudy.parts.attention import attention, attention_weights
+from mimstudy.parts.encoder import Encoder
 from mimstudy.parts.relative_encoder import RelativeEncoder
 
 SHAPE = dict(size=64, patch=8, width=48, depth=4, heads=3)

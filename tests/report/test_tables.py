@@ -28,6 +28,7 @@ from mimstudy.report.pages import (
 )
 from mimstudy.report.sentences import all_sentences, answer
 from mimstudy.report.statistics import Estimate, table_records
+from mimstudy.report.cells import same_sign
 from mimstudy.report.tables import (
     block_cells,
     has_paper_numbers,
@@ -36,7 +37,6 @@ from mimstudy.report.tables import (
     render,
     render_blocks,
     render_differences,
-    same_sign,
 )
 from mimstudy.study.records import RecordStore
 

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from mimstudy.cli.commands import app
 from mimstudy.papers.experiments import experiment
 from mimstudy.study.records import RecordStore
-from mimstudy.study.row import Pretrained, ResultsFolder, evaluate_row, pretrain, report_warnings
+from mimstudy.engine.training_log import report_warnings
+from mimstudy.study.row import Pretrained, ResultsFolder, evaluate_row, pretrain
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # for child processes
 
