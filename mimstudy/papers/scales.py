@@ -54,7 +54,7 @@ SMOKE = Scale(
     images=256,
     crop_min=0.35,
     codes=32,
-    encoder=dict(init='xavier', patch=8, width=64, depth=2, heads=2),
+    encoder=dict(init='sincos', patch=8, width=64, depth=2, heads=2),
     optim=dict(epochs=2, batch=32, lr=1.5e-3),
     datasets={'scenes': DatasetScale(per_class=SCENES_SMOKE)},
     other=DatasetScale(per_class=16),
@@ -74,9 +74,9 @@ LAPTOP = Scale(
     crop_min=0.35,
     codes=256,
     encoder=dict(  # the same encoder for every row
-        init='xavier', position_embedding='absolute', layer_scale=None, patch=8, width=96, depth=4, heads=3
+        init='sincos', position_embedding='absolute', layer_scale=None, patch=8, width=96, depth=4, heads=3
     ),
-    optim=dict(epochs=6, batch=128, lr=1.5e-3),
+    optim=dict(epochs=6, batch=64, lr=1.5e-3),
     datasets={
         'tiny-imagenet-64c': DatasetScale(per_class=150),  # 9,600 images, 57,600 samples
         'scenes': DatasetScale(per_class=SCENES_LAPTOP, epochs=10, images=4096),
@@ -123,7 +123,7 @@ GPU = Scale(
     size=64,
     images=32_000,
     crop_min=0.08,
-    encoder=dict(patch=8, width=192, depth=12, heads=3),
+    encoder=dict(init='sincos', patch=8, width=192, depth=12, heads=3),
     optim=dict(epochs=200, batch=512),
     datasets={
         'cifar10-jpeg': DatasetScale(size=32, patch=4),
