@@ -135,9 +135,9 @@ def readme_block(
     title = (
         f'**{table.title}**, at {records.scale} scale on {records.dataset}: linear probe at the best block, '
         f'top-1 in %, {number}. {noise}; brackets are 95 % intervals of the difference from the baseline '
-        '(random initialisation for a method, the method without proxies for one with proxies).'
+        '(random initialisation for a method, the method itself for its variants).'
     )
-    about_proxies = answer(table, records)[:2]  # one sentence for each column
+    about_proxies = answer(table, records)[:4]  # each column against the baseline, then against the control
     sentences = '\n'.join(f'- {sentence}' for sentence in about_proxies)
     return '\n\n'.join([title, compact_table(table, records), sentences, more])
 

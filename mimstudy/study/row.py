@@ -8,6 +8,7 @@ __all__ = ['CONSTANT_IMAGES', 'CURVE_POINTS', 'UNRECORDED', 'ResultsFolder', 'Pr
            'has_classes', 'evaluate_row']
 
 # %% ../../nbs/study/35_row.ipynb #8fa42c17
+import json
 import time
 from collections.abc import Sequence
 from inspect import signature
@@ -21,6 +22,7 @@ from ..core.errors import StudyError
 from ..core.settings import resolve_device, settings
 from ..engine.config import SEPARATE_CROPS
 from ..engine.datasets import ImageDataset, InMemoryDataset, fingerprint, load_dataset
+from ..engine.files import write_atomic
 from ..engine.image_folder import RandomCrop
 from ..engine.image_layout import NO_CLASSES
 from ..engine.train import TrainingResult, peak_memory, train
@@ -170,7 +172,11 @@ def _train(experiment, out):
     result = train(task, images, make_batch, config, out, seed, device, settings().precision)
     encoder = evaluated_encoder(config, task)
     save_encoder(encoder, out, experiment.values)
-    return Pretrained(encoder, result.history, training_usage(result, config, images, make_batch))
+    usage_file = out / 'usage.json'
+    if not usage_file.is_file():
+        usage = training_usage(result, config, images, make_batch)
+        write_atomic(usage_file, lambda path: path.write_text(json.dumps(usage)))
+    return Pretrained(encoder, result.history, json.loads(usage_file.read_text()))
 
 # %% ../../nbs/study/35_row.ipynb #4aba7fdd
 def evaluation_settings(
