@@ -75,7 +75,7 @@ def attention_figure(
         images.repeat_interleave(len(queries), 0),
         torch.cat([no_map, torch.stack(maps)]),
         queries * len(images),
-        rows=['image', *(label.replace(' + ', '\n+ ') for label in encoders)],
+        rows=['image', *(label.replace(' + ', '\n+ ').replace(', ', ',\n') for label in encoders)],
         titles=[f'patch {query}' for query in queries] * len(images),
         label='attention to a patch',
     )
