@@ -144,10 +144,10 @@ def available_encoders(
     dataset: str = '',
     seed: int = 0,
 ) -> dict[str, Encoder]:  # label of a row -> its encoder
-    "The trained encoders of a table whose runs are on this machine."
+    "The trained encoders of the rows that a paper has, from the runs on this machine or as published."
     found = {}
     for row in table.rows:
-        if row.features != 'trained':
+        if row.features != 'trained' or not row.paper:
             continue
         one = table_experiment(table, row.name, scale, dataset, seed)
         try:
