@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from mimstudy.core.errors import StudyError
+from mimstudy.papers.conmim_tables import CONMIM_ABLATIONS
 from mimstudy.papers.downstream import DOWNSTREAM
 from mimstudy.papers.experiments import experiment, table_experiment
 from mimstudy.papers.scales import SCALES
 from mimstudy.papers.table_classes import Row, Table
-from mimstudy.papers.conmim_tables import CONMIM_ABLATIONS
 from mimstudy.papers.tables import SEMANTICMIM_T1, TABLES
 
 EVERY_ROW = [f'{table.name}/{row.name}' for table in TABLES.values() for row in table.rows]

@@ -15,10 +15,10 @@ from mimstudy.core.errors import StudyError
 from mimstudy.engine.files import write_atomic
 from mimstudy.papers.experiments import experiment
 from mimstudy.papers.tables import TABLES
-from mimstudy.study.build import build_encoder
-from mimstudy.study.encoder_files import save_encoder
 from mimstudy.report.pages import write_tables
 from mimstudy.study import records
+from mimstudy.study.build import build_encoder
+from mimstudy.study.encoder_files import save_encoder
 from mimstudy.study.records import FIELDS, RecordStore, read_record
 
 RESULTS = Path(__file__).resolve().parents[2] / 'results'
