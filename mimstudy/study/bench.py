@@ -45,7 +45,7 @@ def bench_config(
     check_name(encoder, timm.list_models('vit_*'), 'timm vision transformer')
     model = timm.create_model(encoder, num_classes=0)
     patch = model.patch_embed.patch_size[0]
-    published = {config.method: config for config in PRETRAININGS.values()}[method]
+    published = next(config for config in PRETRAININGS.values() if config.method == method)
     data = dict(size=model.patch_embed.img_size[0])
     small = published.data.multicrop
     if small:

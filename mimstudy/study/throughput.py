@@ -142,7 +142,7 @@ def scale_config(
 ) -> PretrainConfig:
     "The configuration of a method at a scale, on the scenes."
     method = PEERS[name][0] if name in PEERS else check_name(name, METHODS, 'method')
-    published = {config.method: config for config in reversed(PRETRAININGS.values())}[method]
+    published = next(config for config in PRETRAININGS.values() if config.method == method)
     return at_scale(published, scale, 'scenes')
 
 
