@@ -88,7 +88,8 @@ def test_the_switch_is_undone_also_after_an_error():
 def test_bf16_without_hardware_is_a_warning(monkeypatch):
     monkeypatch.setattr(hardware, 'has_native_bf16', lambda: False)
     with pytest.warns(UserWarning, match='set the precision to auto or no'):
-        make_accelerator('cpu', 'bf16')
+        accelerator = make_accelerator('cpu', 'bf16')
+    assert accelerator.mixed_precision == 'bf16'
 
 
 @pytest.mark.parametrize('native', [True, False])
