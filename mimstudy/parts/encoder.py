@@ -260,7 +260,7 @@ def patch_side(
     encoder: nn.Module,  # any timm vision transformer
 ) -> int:
     "Side of a patch in pixels."
-    return encoder.patch_embed.img_size[0] // encoder.patch_embed.grid_size[0]
+    return encoder.patch_embed.feat_ratio()
 
 
 def patch_grid(

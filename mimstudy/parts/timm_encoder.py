@@ -20,7 +20,7 @@ def _is_plain_transformer(model):
     "Whether a timm model has a grid of patches and one token a patch in every block."
     embed = getattr(model, 'patch_embed', None)
     names = ('blocks', 'num_prefix_tokens', 'forward_intermediates')
-    of_patches = ('img_size', 'grid_size', 'dynamic_feat_size', 'strict_img_size')
+    of_patches = ('img_size', 'grid_size', 'feat_ratio', 'dynamic_feat_size', 'strict_img_size')
     return all(hasattr(model, n) for n in names) and all(hasattr(embed, n) for n in of_patches)
 
 

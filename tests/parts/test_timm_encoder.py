@@ -29,6 +29,7 @@ FAMILIES = {
     'deit_tiny_distilled_patch16_224': (SMALL, 2, 16),
     'beit_base_patch16_224': (SMALL, 1, 16),
     'beitv2_base_patch16_224': (SMALL, 1, 16),
+    'vit_tiny_r_s16_p8_224': (SMALL | dict(img_size=128), 1, 32),
     'cait_xxs24_224': (SMALL, 0, 16),  # the class token is added after the blocks
     'convit_tiny': (SMALL | dict(embed_dim=16), 0, 16),  # timm returns the patches only
 }
@@ -42,6 +43,8 @@ def images(side, batch=2):
 @torch.no_grad()
 def test_every_family_has_features_of_every_block(name):
     options, P, side = FAMILIES[name]
+    if not timm.is_model(name):
+        pytest.skip(f'timm {timm.__version__} has no {name}')
     encoder = timm_encoder(timm.create_model(name, **options))
     x = images(options['img_size'])
     assert patch_side(encoder) == side and patch_grid(encoder, x) == (4, 4)
@@ -124,6 +127,14 @@ def test_images_that_do_not_fit_are_one_line():
         timm_encoder(fixed, size=96)
     with pytest.raises(StudyError, match='Linear is no plain vision transformer'):
         timm_encoder(nn.Linear(2, 2))
+
+
+def test_the_side_of_a_patch_is_not_the_image_over_the_grid():
+    "timm cuts 64 px into four patches of 14 px and leaves the rest out; it is refused here."
+    encoder = timm.create_model('eva02_tiny_patch14_224', **SMALL)
+    assert patch_side(encoder) == 14
+    with pytest.raises(StudyError, match='images of 64 x 64 px cannot be cut into patches of 14 px'):
+        block_features(encoder, images(64))
 
 
 @torch.no_grad()
