@@ -28,7 +28,8 @@ from mimstudy.cli.options import (
     Seeds,
     SeveralValuesCommand,
 )
-from ..core.errors import StudyError
+from ..core.errors import StudyError, check_name
+from ..methods.catalogue import METHODS
 
 # %% ../../nbs/cli/50_commands.ipynb #99457f89
 app = typer.Typer(
@@ -226,6 +227,8 @@ def show_bench(
     results: ResultsFolder = None,
 ):
     "Measure time and memory of each method's training step, relative to the encoder alone."
+    for method in methods:
+        check_name(method, METHODS, 'method')  # before anything that imports PyTorch
     from mimstudy.study.bench import bench, save_bench
     from mimstudy.study.records import RecordStore
     from mimstudy.study.throughput import throughput

@@ -7,6 +7,8 @@ __all__ = ['LISTS', 'list_lines']
 
 # %% ../../nbs/cli/20_listing.ipynb #a34b8644
 from ..core.errors import check_name
+from ..engine.dataset_names import DATASETS, dataset_names
+from ..methods.catalogue import METHODS, description
 from ..papers.scales import SCALES
 from ..papers.tables import TABLES
 
@@ -26,14 +28,10 @@ def _rows():
 
 
 def _methods():
-    from mimstudy.methods.catalogue import METHODS
-
-    return [f'{name:24} {method.__doc__}' for name, method in METHODS.items()]
+    return [f'{name:24} {description(name)}' for name in METHODS]
 
 
 def _datasets():
-    from mimstudy.engine.datasets import DATASETS, dataset_names
-
     notes = {name: info.note for name, info in DATASETS.items()}
     return [f'{name:24} {notes.get(name, "in the data folder")}' for name in dataset_names()]
 

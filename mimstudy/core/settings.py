@@ -12,10 +12,13 @@ from configparser import ConfigParser, Error as ConfigError
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from .errors import StudyError, check_name
+
+# %% ../../nbs/core/20_settings.ipynb #8677be42
+if TYPE_CHECKING:
+    import torch
 
 # %% ../../nbs/core/20_settings.ipynb #34a42f95
 def settings_file() -> Path:
@@ -167,8 +170,10 @@ def dataset_path(
 # %% ../../nbs/core/20_settings.ipynb #bc692a51
 def resolve_device(
     name: str = 'auto',  # one of `DEVICES`
-) -> torch.device:
+) -> 'torch.device':
     "The device of this name; a `StudyError` if it is unknown or not available."
+    import torch
+
     available = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
     if name == 'auto':
         name = next(device for device in ('cuda', 'mps', 'cpu') if available[device])
@@ -180,13 +185,15 @@ def resolve_device(
 
 def has_native_bf16() -> bool:
     "Whether this processor multiplies bfloat16 matrices in hardware; False if PyTorch cannot tell."
+    import torch
+
     capabilities = getattr(torch.cpu, 'get_capabilities', dict)()
     return any(capabilities.get(name) for name in ('avx512_bf16', 'amx_bf16'))
 
 
 def resolve_precision(
     name: str,  # one of `PRECISIONS`
-    device: torch.device,  # device of the training
+    device: 'torch.device',  # device of the training
 ) -> str:  # 'no', 'bf16' or 'fp16'
     "The mixed precision of a training: `auto` is bf16 where the device has it in hardware, otherwise none."
     if name != 'auto':

@@ -16,14 +16,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
-from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 import mimstudy
 from ..core.errors import check_name
 from .files import report_write_errors, write_atomic
+
+# %% ../../nbs/engine/36_training_log.ipynb #5c526ca6
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% ../../nbs/engine/36_training_log.ipynb #543126a9
 class TrainingLog:
@@ -39,6 +42,8 @@ class TrainingLog:
         self.board = None
         if out is None:
             return
+        from torch.utils.tensorboard import SummaryWriter
+
         write_atomic(self.file, self._write_all)
         first_step = self.rows[-1]['step'] + 1 if self.rows else 0
         with report_write_errors(out / 'tb'):
@@ -68,8 +73,10 @@ class TrainingLog:
             for name in row.keys() - {'step', 'epoch'}:
                 self.board.add_scalar(name, row[name], row['step'])
 
-    def frame(self) -> pd.DataFrame:
+    def frame(self) -> 'pd.DataFrame':
         "All rows as a table."
+        import pandas as pd
+
         return pd.DataFrame(self.rows)
 
     def close(self) -> None:
@@ -80,8 +87,10 @@ class TrainingLog:
 
 def read_log(
     out: Path,  # the run's folder
-) -> pd.DataFrame:  # empty where it is missing or damaged
+) -> 'pd.DataFrame':  # empty where it is missing or damaged
     "The rows of `log.csv`; no score depends on them, so a damaged file is no error."
+    import pandas as pd
+
     empty = pd.DataFrame(columns=['step', 'epoch', 'loss'], dtype=float)
     try:
         log = pd.read_csv(out / 'log.csv').apply(pd.to_numeric, errors='coerce').dropna()

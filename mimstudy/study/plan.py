@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from ..core.errors import StudyError, check_name
 from ..core.settings import dataset_path
-from ..engine.checkpoint import is_finished, is_resumable
-from ..engine.datasets import DATASETS, dataset_names
+from ..engine.dataset_names import DATASETS, dataset_names
+from ..engine.files import is_finished, is_resumable
 from ..engine.training_log import read_log
 from ..papers.experiments import Experiment, experiment
 from ..papers.tables import TABLES

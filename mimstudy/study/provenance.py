@@ -11,10 +11,13 @@ import subprocess
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from .. import __version__
+
+# %% ../../nbs/study/10_provenance.ipynb #615ba3e0
+if TYPE_CHECKING:
+    import torch
 
 # %% ../../nbs/study/10_provenance.ipynb #67c52e81
 def _git(folder, *arguments):
@@ -50,9 +53,11 @@ PACKAGES = (
 
 
 def device_name(
-    device: torch.device | str = 'cpu',
+    device: 'torch.device | str' = 'cpu',
 ) -> str:
     "The model name of a processor or a graphics card."
+    import torch
+
     device = torch.device(device)
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
@@ -63,9 +68,11 @@ def device_name(
 
 
 def provenance(
-    device: torch.device | str = 'cpu',  # where the number was computed
+    device: 'torch.device | str' = 'cpu',  # where the number was computed
 ) -> dict:  # {'commit': …, 'versions': {…}, 'device': …}
     "The commit of the code, the versions of the packages and the name of the device."
+    import torch  # its own version names the build
+
     versions = dict(python=platform.python_version(), mimstudy=__version__, torch=torch.__version__)
     for name in PACKAGES:
         versions[name] = version(name)

@@ -12,17 +12,20 @@ import re
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
-
-import pandas as pd
-import torch
+from typing import TYPE_CHECKING
 
 from ..core.errors import StudyError, check_name
 from ..core.settings import settings
 from ..engine.files import write_atomic
 from ..papers.experiments import Experiment
-from ..parts.encoder import Encoder
-from .encoder_files import WEIGHTS_FILE, load_encoder, save_encoder
 from .provenance import provenance
+
+# %% ../../nbs/study/20_records.ipynb #4bc27570
+if TYPE_CHECKING:  # PyTorch and pandas take seconds to import, and most commands only look records up
+    import pandas as pd
+    import torch
+
+    from mimstudy.parts.encoder import Encoder
 
 # %% ../../nbs/study/20_records.ipynb #149a578c
 SCHEMA = 3
@@ -77,7 +80,7 @@ def record(
     scores: dict,  # flat, in percent
     n_val: int,  # validation images
     evaluation: dict | None = None,  # settings of the protocol
-    device: torch.device | str = 'cpu',
+    device: 'torch.device | str' = 'cpu',
     **known,  # values of the fields of `UNKNOWN`
 ) -> dict:  # with all `FIELDS`
     "The record of a protocol applied to an experiment, with the provenance of this process."
@@ -209,7 +212,7 @@ class RecordStore:
             self._read[file] = changed, read_record(file)
         return self._read[file][1]
 
-    def frame(self, **fields) -> pd.DataFrame:
+    def frame(self, **fields) -> 'pd.DataFrame':
         "The scores of the records that `find` returns, one a row."
         return score_frame(self.find(**fields))
 
@@ -222,8 +225,10 @@ class RecordStore:
         "The folder of a training: checkpoints, log and encoder. It need not exist yet."
         return self.root / 'runs' / train_id
 
-    def encoder(self, train_id: str) -> Encoder:
+    def encoder(self, train_id: str) -> 'Encoder':
         "The encoder of a finished pre-training, of its run or a published one; a `StudyError` for none."
+        from mimstudy.study.encoder_files import WEIGHTS_FILE, load_encoder
+
         run = self.run_folder(train_id)
         published = self.root / 'encoders' / train_id
         from_run = (run / WEIGHTS_FILE).is_file() or not published.is_dir()
@@ -231,6 +236,10 @@ class RecordStore:
 
     def publish(self, train_id: str) -> Path:  # the file of weights
         "Copy the encoder of a finished pre-training, in half precision, to where git tracks it."
+        import torch
+
+        from mimstudy.study.encoder_files import load_encoder, save_encoder
+
         config = json.loads((self.run_folder(train_id) / 'config.json').read_text('utf-8'))
         encoder = load_encoder(self.run_folder(train_id))
         return save_encoder(encoder, self.root / 'encoders' / train_id, config, torch.float16)
@@ -241,8 +250,10 @@ NESTED = ('scores', 'config', 'evaluation', 'versions', 'curves')  # fields that
 
 def score_frame(
     records: list[dict],
-) -> pd.DataFrame:  # a column for each plain field, and measure, block, token, score, best_block
+) -> 'pd.DataFrame':  # a column for each plain field, and measure, block, token, score, best_block
     "The scores of records, one a row; `best_block` is the number of the block that has a 'best' score."
+    import pandas as pd
+
     plain = [name for name in FIELDS if name not in NESTED]
     rows = []
     for one in records:

@@ -16,7 +16,8 @@ from small_training import CONFIG, SmallTask, make_batch, training_images, with_
 
 import mimstudy.engine.train as train_module
 from mimstudy.core.errors import StudyError
-from mimstudy.engine.checkpoint import is_finished, is_resumable, load_checkpoint, save_checkpoint
+from mimstudy.engine.checkpoint import load_checkpoint, save_checkpoint
+from mimstudy.engine.files import is_finished, is_resumable
 from mimstudy.engine.train import train
 
 STEPS = 50

@@ -14,7 +14,6 @@ from mimstudy.core.scenes import scenes
 from mimstudy.engine.datasets import InMemoryDataset
 from mimstudy.engine.session import warn_about_slices
 from mimstudy.methods.catalogue import METHODS, MIM_METHODS
-from mimstudy.methods.semanticmim import semanticmim
 from mimstudy.papers.pretraining import PRETRAININGS, with_absolute_positions, with_proxies
 from mimstudy.papers.scales import at_scale
 from mimstudy.parts.ema import EMATeacher
@@ -22,7 +21,7 @@ from mimstudy.study.build import build_batch_function, build_mask, build_task, e
 
 IMAGES = scenes(32, size=32, seed=0)
 DATASET = InMemoryDataset(IMAGES.images, IMAGES.label, ['any'] * 12)
-BASELINES = {semanticmim(method).__name__: method.__name__ for method in MIM_METHODS}  # of those with proxies
+BASELINES = {f'semanticmim({name})': name for name in MIM_METHODS}  # of those with proxies
 
 
 def published_config(name):
