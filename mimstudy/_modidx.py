@@ -983,6 +983,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mimstudy.parts.ema': { 'mimstudy.parts.ema.EMATeacher': ('parts/ema.html#emateacher', 'mimstudy/parts/ema.py'),
                                     'mimstudy.parts.ema.EMATeacher.__init__': ( 'parts/ema.html#emateacher.__init__',
                                                                                 'mimstudy/parts/ema.py'),
+                                    'mimstudy.parts.ema.EMATeacher._update_statistics': ( 'parts/ema.html#emateacher._update_statistics',
+                                                                                          'mimstudy/parts/ema.py'),
                                     'mimstudy.parts.ema.EMATeacher.after_step': ( 'parts/ema.html#emateacher.after_step',
                                                                                   'mimstudy/parts/ema.py'),
                                     'mimstudy.parts.ema.EMATeacher.train': ('parts/ema.html#emateacher.train', 'mimstudy/parts/ema.py'),
