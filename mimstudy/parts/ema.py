@@ -11,6 +11,8 @@ from copy import deepcopy
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from ..core.errors import StudyError, check_name
 
 # %% ../../nbs/parts/50_ema.ipynb #75bab883
@@ -71,11 +73,22 @@ class EMATeacher(nn.ModuleDict):
         self.momentum = momentum
         self.mode = check_name(mode, ('train', 'eval'), 'mode of the EMA teacher')
         self.students = list(students.values())  # in a list, so that they are not registered a second time
+        if self.mode == 'eval':
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.register_forward_hook(self._update_statistics)
         self.train()
 
     def train(self, mode: bool = True) -> 'EMATeacher':
         "Set the training mode if `mode` is True and `self.mode` is 'train', else the evaluation mode."
+        self.in_training = mode  # also in the evaluation mode, running statistics move in a training
         return super().train(mode and self.mode == 'train')
+
+    @torch.no_grad()
+    def _update_statistics(self, norm, args, out):
+        "Update the running statistics of a batch norm that is in evaluation mode with the batch it read."
+        if self.in_training:
+            F.batch_norm(args[0], norm.running_mean, norm.running_var, training=True, momentum=norm.momentum)
 
     def after_step(self, progress: float) -> None:
         "One EMA update of all modules, with the momentum α at this `progress`."
