@@ -103,10 +103,15 @@ def test_killed_five_times(tmp_path, undisturbed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'number, code', [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, -signal.SIGINT)]
+    'number, code',
+    [
+        (signal.SIGTERM, 128 + signal.SIGTERM),
+        (signal.SIGINT, -signal.SIGINT),
+        (signal.SIGHUP, 128 + signal.SIGHUP),
+    ],
 )
 def test_signals_leave_a_checkpoint(tmp_path, undisturbed, number, code):
-    "SIGTERM and SIGINT write a checkpoint of the current step, print a line, and end the process."
+    "A signal writes a checkpoint of the current step, prints a line, and ends the process."
     folder = tmp_path / 'run'
     process = start(folder, 0.05, checkpoint_seconds=1e6)
     wait_for_rows(folder, 10, process, checkpoint=False)
