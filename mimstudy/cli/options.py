@@ -9,6 +9,7 @@ __all__ = ['SEVERAL_VALUES', 'Scale', 'Data', 'Seeds', 'Rows', 'Protocols', 'Res
 # %% ../../nbs/cli/10_options.ipynb #a850eb42
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +30,8 @@ class Commands(TyperGroup):
             typer.echo(f'error: {error}', err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            typer.echo('stopped; the same command continues from here', err=True)
+            with suppress(OSError):  # the terminal may be gone
+                typer.echo('stopped; the same command continues from here', err=True)
             raise typer.Exit(130) from None
 
 # %% ../../nbs/cli/10_options.ipynb #9cebcc1b

@@ -25,6 +25,7 @@ class Task(nn.Module):
     sync_batch_norm = False  # whether batch norms share their statistics among processes (CUDA only)
     separate_crops = False  # whether views may come from different crops of an image
     whole_batch = False  # whether the loss compares images of a batch with one another
+    gathers_keys = False  # whether it compares them with those of all processes
 
     def forward(
         self,

@@ -141,12 +141,12 @@ def train_loop(
         while session.step < session.steps and not stop.received:
             train_interval(session, batches)
             row = log_steps(session)
-            reporter.update(session.step, row['loss'], row['images_per_second'])
             share_stop(stop, session.accelerator)
             due = time.monotonic() - saved >= checkpoint_seconds
             if out and main and (stop.received or session.step == session.steps or due):
                 save_checkpoint(out, session_state(session))
                 saved = time.monotonic()
+            reporter.update(session.step, row['loss'], row['images_per_second'])
 
 # %% ../../nbs/engine/40_train.ipynb #3e7bcd50
 @dataclass

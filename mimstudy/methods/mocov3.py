@@ -70,6 +70,7 @@ class MoCoV3(Task):
     sync_batch_norm = True  # as in the release
     separate_crops = True
     whole_batch = True
+    gathers_keys = True
 
     def __init__(self, encoder, tau, momentum, hidden, out, freeze_patch_embed, fixed_positions):
         super().__init__()

@@ -9,6 +9,7 @@ __all__ = ['read_event', 'ProgressDisplay']
 import json
 import os
 import sys
+from contextlib import suppress
 from shutil import get_terminal_size
 from typing import TextIO
 
@@ -79,23 +80,26 @@ class ProgressDisplay:
     ) -> None:
         "Show a text about a row, and move the bar."
         self.shares[row] = max(self.shares.get(row, 0.0), share)
-        if self.bar is None:
-            print(f'{row}: {text}', file=self.file, flush=True)
-        else:
-            self.bar.n = sum(self.shares.values())
-            self.bar.set_description_str(f'{row}: {text}')
+        with suppress(OSError):  # a closed terminal must not end the rows
+            if self.bar is None:
+                print(f'{row}: {text}', file=self.file, flush=True)
+            else:
+                self.bar.n = sum(self.shares.values())
+                self.bar.set_description_str(f'{row}: {text}')
 
     def keep(
         self,
         text: str,  # stays above the bar
     ) -> None:
         "Print a line that the bar does not overwrite."
-        if self.bar is None:
-            print(text, file=self.file, flush=True)
-        else:
-            self.bar.write(text, file=self.file)
+        with suppress(OSError):
+            if self.bar is None:
+                print(text, file=self.file, flush=True)
+            else:
+                self.bar.write(text, file=self.file)
 
     def close(self) -> None:
         "Remove the bar."
         if self.bar is not None:
-            self.bar.close()
+            with suppress(OSError):
+                self.bar.close()

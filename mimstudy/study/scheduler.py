@@ -129,10 +129,10 @@ def _run_all(run, jobs):
             for worker in workers:
                 worker.result()
         except KeyboardInterrupt:
+            run.group.stop()  # before anything is printed: the terminal may be gone
             run.display.keep(
                 'stopping: running trainings write their checkpoints; interrupt again to stop at once'
             )
-            run.group.stop()
             try:
                 for worker in workers:
                     worker.result()

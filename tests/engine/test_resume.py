@@ -104,10 +104,15 @@ def test_killed_five_times(tmp_path, undisturbed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'number, code', [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, -signal.SIGINT)]
+    'number, code',
+    [
+        (signal.SIGTERM, 128 + signal.SIGTERM),
+        (signal.SIGINT, -signal.SIGINT),
+        (signal.SIGHUP, 128 + signal.SIGHUP),
+    ],
 )
 def test_signals_leave_a_checkpoint(tmp_path, undisturbed, number, code):
-    "SIGTERM and SIGINT write a checkpoint of the current step, print a line, and end the process."
+    "A signal writes a checkpoint of the current step, prints a line, and ends the process."
     folder = tmp_path / 'run'
     process = start(folder, 0.05, checkpoint_seconds=1e6)
     wait_for_rows(folder, 10, process, checkpoint=False)
@@ -259,13 +264,70 @@ def test_a_checkpoint_of_something_else(tmp_path, undisturbed):
         ({'model': torch.ones(2)}, 'has no conditions'),
         (whole | {'identity': {}}, 'has no config'),
         (wrong_optimiser, 'does not fit the task: .*group'),
-        (whole | {'conditions': whole['conditions'] | {'processes': 2}}, 'was begun with processes = 2'),
-        (whole | {'conditions': whole['conditions'] | {'precision': 'fp16'}}, 'precision = fp16'),
+        (whole | {'conditions': [1]}, 'has no conditions'),
     ):
         torch.save(state, tmp_path / 'checkpoint.pt')
         with pytest.raises(StudyError, match=message) as error:
             run(tmp_path)
         assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'name, value',
+    [
+        ('precision', 'fp16'),
+        ('processes', 2),
+        ('accumulate', 4),
+        ('device', 'cuda'),
+        ('attention', 'written out'),
+        ('compile', 'inductor'),
+        ('matmul', 'medium'),
+    ],
+)
+def test_other_conditions_are_refused(tmp_path, undisturbed, name, value):
+    "A checkpoint that was written under another condition names it."
+    saved = load_checkpoint(undisturbed[1])
+    saved['conditions'][name] = value
+    torch.save(saved, tmp_path / 'checkpoint.pt')
+    with pytest.raises(StudyError, match=f'was begun with {name} = {value}, whose numbers differ') as error:
+        run(tmp_path)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['threads', 'torch', 'timm'])
+def test_what_changes_only_rounding_is_said(tmp_path, undisturbed, name):
+    saved = load_checkpoint(undisturbed[1])
+    saved['conditions'][name] = 'another'
+    torch.save(saved, tmp_path / 'checkpoint.pt')
+    with pytest.warns(UserWarning, match=f'continued with {name} .* instead of another'):
+        assert run(tmp_path).steps == STEPS
+
+
+def test_a_checkpoint_of_an_earlier_version_is_continued(tmp_path, undisturbed):
+    "It stored precision, processes and slices only."
+    saved = load_checkpoint(undisturbed[1])
+    saved['conditions'] = {k: saved['conditions'][k] for k in ('precision', 'processes', 'accumulate')}
+    torch.save(saved, tmp_path / 'checkpoint.pt')
+    assert run(tmp_path).steps == STEPS
+
+
+def test_slices_from_a_variable_are_a_condition(tmp_path, undisturbed, monkeypatch):
+    shutil.copy(undisturbed[1] / 'checkpoint.pt', tmp_path)
+    monkeypatch.setenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '2')
+    with pytest.raises(StudyError, match='with accumulate = 1, whose numbers differ'):
+        run(tmp_path)
+    monkeypatch.setenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', 'two')
+    with pytest.raises(StudyError, match='ACCELERATE_GRADIENT_ACCUMULATION_STEPS must be a whole number'):
+        run(tmp_path)
+
+
+def test_images_that_were_replaced_are_noticed(tmp_path, undisturbed):
+    "As many images under the same name, other pixels."
+    shutil.copy(undisturbed[1] / 'checkpoint.pt', tmp_path)
+    images = training_images()
+    images.images = 255 - images.images
+    with pytest.raises(StudyError, match='the images have changed since the training'):
+        train(SmallTask(), images, make_batch, CONFIG, tmp_path, 3, device='cpu')
 
 
 def test_unfinished_temporary_files_are_removed(tmp_path):

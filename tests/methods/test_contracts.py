@@ -12,7 +12,7 @@ import torch
 from mimstudy.core.errors import StudyError
 from mimstudy.core.scenes import scenes
 from mimstudy.engine.datasets import InMemoryDataset
-from mimstudy.engine.session import warn_about_slices
+from mimstudy.engine.conditions import warn_about_parts
 from mimstudy.methods.catalogue import METHODS, MIM_METHODS
 from mimstudy.papers.pretraining import PRETRAININGS, with_absolute_positions, with_proxies
 from mimstudy.papers.scales import at_scale
@@ -222,7 +222,7 @@ def gradient_of_slices(name, slices):
 
 
 def test_slices_add_up_or_the_method_says_that_they_do_not(name):
-    "Where `warn_about_slices` is silent, the gradient of two slices is that of the whole batch."
+    "Where `warn_about_parts` is silent, the gradient of two slices is that of the whole batch."
     task, _ = build(name)
     config = config_of(name)
     if config.mask and config.mask.kind == 'ibot' or name in ('deit', 'cim'):
@@ -230,7 +230,7 @@ def test_slices_add_up_or_the_method_says_that_they_do_not(name):
     accelerator = SimpleNamespace(gradient_accumulation_steps=2, num_processes=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        warn_about_slices(task, config, accelerator)
+        warn_about_parts(task, config, accelerator)
     whole, halves = gradient_of_slices(name, 1), gradient_of_slices(name, 2)
     difference = (whole - halves).norm() / whole.norm()
     assert (difference > 0.01) if caught else (difference < 1e-4), difference

@@ -16,8 +16,15 @@ from PIL import Image
 from mimstudy.core.errors import StudyError
 from mimstudy.core.scenes import scenes
 from mimstudy.papers.experiments import experiment
+from mimstudy.study import processes
 from mimstudy.study.plan import plan, status, training_progress
-from mimstudy.study.processes import ProcessGroup, child_environment, execute, run_notebook
+from mimstudy.study.processes import (
+    ProcessGroup,
+    child_environment,
+    execute,
+    failure_reason,
+    run_notebook,
+)
 from mimstudy.study.records import RecordStore
 from mimstudy.study.row import evaluate_row, pretrain
 from mimstudy.study.scheduler import number_of_trainings, row_folder, run
@@ -67,11 +74,86 @@ def test_parameters_arrive_unchanged_and_the_kernel_is_this_interpreter(tmp_path
     assert (out / 'page.log').read_text().splitlines()[0] == lines[0]
 
 
-def test_a_dead_kernel_is_one_line(tmp_path):
-    notebook = write_notebook(tmp_path, 'x = 0', 'import os\nos._exit(9)')
+def test_a_killed_kernel_is_one_line_with_the_cause_and_what_to_do(tmp_path):
+    notebook = write_notebook(tmp_path, 'x = 0', 'import os\nos.kill(os.getpid(), 9)')
     reason = execute(notebook, {}, tmp_path / 'out', child_environment(tmp_path / 'kernel'))
-    assert reason.startswith('its kernel died')
+    assert reason.startswith('its kernel died; most often the system ends it (signal 9) for lack of memory')
+    assert '--jobs 1, a smaller scale' in reason
     assert '\n' not in reason
+
+
+def write_failure(folder, name, message):
+    "An executed notebook with this error, and its log as papermill leaves it."
+    error = dict(output_type='error', ename=name, evalue=message, traceback=[])
+    (folder / 'page.ipynb').write_text(json.dumps(dict(cells=[dict(outputs=[error])])))
+    log = folder / 'page.log'
+    log.write_text(f'{"-" * 75}\nException encountered at "In [3]":\n{"-" * 75}\n{name}: {message}\n\n')
+    return folder / 'page.ipynb', log
+
+
+@pytest.mark.parametrize(
+    'name, message, advice',
+    [
+        ('MemoryError', '', '--jobs 1'),
+        ('OutOfMemoryError', 'CUDA out of memory. Tried to allocate 2.00 GiB', '--jobs 1'),
+        ('RuntimeError', "DefaultCPUAllocator: can't allocate memory: you tried", '--jobs 1'),
+        ('RuntimeError', 'DataLoader worker (pid 7) is killed by signal: Killed. ', '--jobs 1'),
+        ('OSError', '[Errno 28] No space left on device', 'free some space on the disk of'),
+        ('ValueError', 'torn', None),
+    ],
+)
+@pytest.mark.parametrize('saved', [True, False])
+def test_the_line_of_a_failure_has_its_cause_and_what_to_do(tmp_path, name, message, advice, saved):
+    "Whether the executed notebook could be saved or only the log was left."
+    notebook, log = write_failure(tmp_path, name, message)
+    if not saved:
+        notebook.unlink()
+    reason = failure_reason(notebook, log)
+    assert reason.startswith(name) and message.strip() in reason
+    assert '\n' not in reason and 'Exception encountered' not in reason
+    assert advice in reason if advice else '; ' not in reason
+
+
+def test_a_full_disk_is_named_where_nothing_could_be_written(tmp_path, monkeypatch):
+    log = tmp_path / 'page.log'
+    log.touch()
+    assert failure_reason(tmp_path / 'page.ipynb', log).startswith('it ended without any output (see ')
+    assert 'ended by SIGKILL' in failure_reason(tmp_path / 'page.ipynb', log, -9)
+    monkeypatch.setattr(processes, 'full_disks', lambda folders: [str(tmp_path)])
+    reason = failure_reason(tmp_path / 'page.ipynb', log)
+    assert reason == f'the disk of {tmp_path} is full; free some space and run the same again'
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "small_disk(kilobytes) -> a folder on a disk of this size; a skip where none can be made."
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+    mounted = []
+
+    def make(kilobytes):
+        options = ['-t', 'tmpfs', '-o', f'size={kilobytes}k', 'tmpfs', str(folder)]
+        if subprocess.run(['mount', *options], capture_output=True).returncode:
+            pytest.skip('a small disk needs the right to mount a tmpfs')
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for one in mounted:
+        subprocess.run(['umount', '-l', str(one)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kilobytes', [64, 300])
+def test_a_disk_that_fills_is_one_line(small_disk, kilobytes):
+    "Before the executed notebook is written, or while it is; what is printed fills it up."
+    root = small_disk(kilobytes)
+    notebook = write_notebook(root, 'x = 0', 'for _ in range(9): print("x" * 50_000, flush=True)')
+    try:
+        reason = execute(notebook, {}, root / 'out', child_environment(root / 'kernel'), lambda line: None)
+    except StudyError as e:
+        reason = str(e)
+    assert '\n' not in reason and 'free some space' in reason and str(root) in reason
 
 
 def test_a_wrong_type_fails_with_one_line(tmp_path):
@@ -214,7 +296,7 @@ def interrupt_after_a_checkpoint(arguments, folder, word):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('word', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('word', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_ends_the_processes_and_the_row_can_be_continued(tmp_path, word):
     store = RecordStore(tmp_path)
     words = ['--rows', 'maskfeat', '--scale', 'laptop', '--data', 'scenes']
