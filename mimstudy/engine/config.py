@@ -254,7 +254,7 @@ class MaskConfig(Config):
 class TokenizerConfig(Config):
     "The tokenizer of methods that predict codes (BEiT, CIM)."
 
-    kind: str = 'dvae'  # 'kmeans', 'dvae' (DALL-E's), or the path of a file with such weights
+    kind: str = 'dvae'  # 'kmeans', 'own-dvae' (trained here), 'dvae' (DALL-E's), or a file of such weights
     codes: int = 8192  # size of the codebook
 
     def check(self) -> None:

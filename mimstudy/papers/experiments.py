@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass, field
 
-from ..core.errors import check_name
+from ..core.errors import StudyError, check_name
 from ..engine.config import Config, short_hash
 from ..engine.training_config import DownstreamConfig, PretrainConfig, changed
 from .downstream import downstream_config
@@ -73,7 +73,7 @@ class Experiment:
     dataset: str
     seed: int
     protocols: tuple[str, ...]  # by which it is evaluated
-    downstream: dict = field(default_factory=dict)  # the table's
+    downstream: dict = field(default_factory=dict)  # of the table and the row
 
     @property
     def name(self) -> str:
@@ -126,6 +126,8 @@ def table_experiment(
 ) -> Experiment:
     "The experiment of a row; a row of raw pixels keeps only its probes."
     row = table.row(row)
+    if row.features == 'paper':
+        raise StudyError(f'{table.name}/{row.name} is a number of the paper; there is nothing to run')
     what = f'protocol of {table.name}'
     requested = tuple(check_name(p, table.protocols, what) for p in dict.fromkeys(protocols or table.probes))
     if row.features == 'pixels':
@@ -142,7 +144,7 @@ def table_experiment(
         config.data.dataset,
         seed,
         requested,
-        table.downstream,
+        table.downstream | row.downstream,
     )
 
 
@@ -156,7 +158,7 @@ def experiment(
     "The declared experiment of this name; an unknown name is a `StudyError` that lists similar ones."
     table, _, row = name.partition('/')
     if not row:
-        check_name(name, [f'{t.name}/{r.name}' for t in TABLES.values() for r in t.rows], 'experiment')
+        check_name(name, [f'{t.name}/{r.name}' for t in TABLES.values() for r in t.measured], 'experiment')
     table = TABLES[check_name(table, TABLES, 'table')]
     table.row(row)
     check_name(scale, SCALES, 'scale')

@@ -12,11 +12,8 @@ from ..core.errors import check_name
 
 # %% ../../nbs/papers/25_table_classes.ipynb #39da8251
 PROBES = ('linear', 'knn')  # protocols that read a frozen encoder; all others train further
-FEATURES = (
-    'trained',
-    'random',
-    'pixels',
-)  # what is evaluated: an encoder after or before training, or raw pixels
+# what is evaluated: an encoder after or before training, raw pixels, or nothing: a number of the paper
+FEATURES = ('trained', 'random', 'pixels', 'paper')
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class Column:
 
     name: str  # key of `Row.paper`
     label: str  # title on a page
-    measure: str  # 'protocol/block/token', e.g. 'linear/best/patch'
+    measure: str  # 'protocol/block/token', e.g. 'linear/best/patch'; '' for what is not measured here
     block: int | None = None  # the paper's block, shown in place of the best one at paper scale
     beside: str = ''  # the column whose paper numbers are shown beside these scores; '' for its own
     note: str = ''  # what a reader has to know
@@ -40,6 +37,8 @@ class Column:
         features: str,  # one of `FEATURES`
     ) -> str | None:  # key of a record's scores; None where there is none
         "The score that is shown for a row; raw pixels have no prefix tokens and cannot be trained further."
+        if not self.measure or features == 'paper':
+            return None
         protocol, block, token = self.measure.split('/')
         if features == 'pixels':
             return f'{protocol}/0/pixels' if token == 'patch' and protocol in PROBES else None
@@ -54,7 +53,7 @@ class Row:
 
     name: str  # unique in its table, without blanks
     label: str  # name on a page
-    config: str  # one of `PRETRAININGS`
+    config: str  # one of `PRETRAININGS`; '' if only the paper has this row
     change: dict = field(default_factory=dict)  # as for `PretrainConfig.but`
     paper: dict = field(default_factory=dict)  # column name -> the paper's number
     baseline: str = ''  # the row it is compared with; '' for none
@@ -62,6 +61,9 @@ class Row:
     control: str = ''  # a second row it is compared with, which no paper has; '' for none
     features: str = 'trained'  # one of `FEATURES`
     after_scale: dict = field(default_factory=dict)  # a change of values that a scale would set
+    downstream: dict = field(default_factory=dict)  # as `Table.downstream`, where this row differs
+    x: float | None = None  # the place of the row on the axis of its table
+    curve: str = ''  # the curve that the row is a point of, if its table has several
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Table:
     digits: int = 1  # decimals of the paper's numbers
     note: str = ''  # what a reader has to know
     downstream: dict = field(default_factory=dict)  # protocol that trains further -> one of `DOWNSTREAM`
+    axis: str = ''  # what the rows sweep, with its unit; '' if they are no sweep
 
     def row(self, name: str) -> Row:
         "The row of this name; a `StudyError` lists similar ones."
@@ -83,9 +86,14 @@ class Table:
         return rows[check_name(name, rows, f'row of {self.name}')]
 
     @property
+    def measured(self) -> tuple[Row, ...]:
+        "The rows that this study can run."
+        return tuple(row for row in self.rows if row.features != 'paper')
+
+    @property
     def protocols(self) -> tuple[str, ...]:
         "The protocols of all columns, each once."
-        return tuple(dict.fromkeys(column.protocol for column in self.columns))
+        return tuple(dict.fromkeys(column.protocol for column in self.columns if column.measure))
 
     @property
     def probes(self) -> tuple[str, ...]:
@@ -111,7 +119,7 @@ def declared_table(
 
     lines = [['', *(column.label for column in table.columns)], ['---'] * (len(table.columns) + 1)]
     lines += [[row.label, *(number(row, column) for column in table.columns)] for row in table.rows]
-    lines += [['*score here*', *(f'`{column.measure}`' for column in table.columns)]]
+    lines += [['*score here*', *(f'`{c.measure}`' if c.measure else '—' for c in table.columns)]]
     notes = [table.note, *(f'{column.label}: {column.note}.' for column in table.columns if column.note)]
     markdown = ['| ' + ' | '.join(line) + ' |' for line in lines]
     return '\n'.join(

@@ -6,7 +6,7 @@
 __all__ = ['NOT_RUN', 'NONE', 'markdown_table', 'show_score', 'show_difference', 'same_sign']
 
 # %% ../../nbs/report/15_cells.ipynb #21567a2c
-from .statistics import Estimate
+from .statistics import LEVEL, Estimate
 
 # %% ../../nbs/report/15_cells.ipynb #ddffe61a
 NOT_RUN = 'not run'
@@ -44,11 +44,14 @@ def show_difference(
 def same_sign(
     paper: float | None,  # the paper's difference
     ours: Estimate | None,  # and that of this study
+    level: float = LEVEL,  # at which it is judged, after a correction for several comparisons
 ) -> str:
-    "'yes' or 'no', marked as a hint below three seeds; 'within noise', or a dash."
+    "'yes' or 'no', marked below three seeds or if a correction takes it away; 'within noise', or a dash."
     if paper is None or ours is None:
         return NONE
     if ours.contains_zero:
         return 'within noise'
     sign = 'yes' if (ours.mean > 0) == (paper > 0) else 'no'
-    return sign if ours.n > 2 else f'{sign}, a hint'
+    if ours.n < 3:
+        return f'{sign}, a hint'
+    return sign if ours.p_value <= level else f'{sign}, uncorrected'

@@ -22,7 +22,7 @@ from ..papers.table_classes import Table
 from ..papers.tables import TABLES
 from ..parts.encoder import Encoder
 from .statistics import Estimate, TableRecords, table_records
-from .tables import measured_columns
+from .comparisons import measured_columns
 from ..study.records import RecordStore, score_frame
 
 # %% ../../nbs/report/30_figures.ipynb #fceb4f86
@@ -47,7 +47,7 @@ def blocks_figure(
     frame = score_frame(list(records.records.values()))
     frame = frame[frame.protocol == protocol]
     figure, axes = new_axes(1, len(TOKEN_NAMES), (WIDTH, 0.42 * WIDTH), sharey=True)
-    trained = [row for row in table.rows if row.features != 'pixels' and row.name in set(frame.row)]
+    trained = [row for row in table.measured if row.features != 'pixels' and row.name in set(frame.row)]
     for panel, (token, name) in zip(axes[0], TOKEN_NAMES.items()):
         for i, row in enumerate(trained):
             mean, sd = _block_scores(frame, row.name, token)

@@ -30,18 +30,6 @@ def test_numbers_give_the_differences_that_the_paper_prints(row):
     assert {name: round(ours.paper[name] - theirs.paper[name], 1) for name in printed} == printed
 
 
-def test_conmim_table_8():
-    rows = TABLES['conmim-t8'].rows
-    assert {row.change['options']['tau']: row.paper['ft'] for row in rows} == {
-        0.05: 82.55,
-        0.07: 83.03,
-        0.1: 83.51,
-        0.15: 83.32,
-        0.2: 83.35,
-    }
-    assert {row.baseline for row in rows} == {'', 'tau=0.1'}
-
-
 @pytest.mark.parametrize('table', TABLES.values(), ids=TABLES)
 def test_rows(table):
     names = [row.name for row in table.rows]
@@ -49,7 +37,9 @@ def test_rows(table):
     for row in table.rows:
         assert re.fullmatch(r'[\w.=+-]+', row.name)
         assert not row.baseline or (row.baseline in names and row.baseline != row.name)
-        assert row.config in PRETRAININGS and row.features in FEATURES
+        assert row.features in FEATURES
+        assert (row.config in PRETRAININGS) == (row.features != 'paper') and (row.config or row.paper)
+        assert (row.x is None) or table.axis
         assert set(row.paper) <= {column.name for column in table.columns}
         assert row.label in table._repr_markdown_()
 
@@ -61,7 +51,7 @@ def test_columns(table):
     for column in table.columns:
         assert not column.beside or column.beside in names
         protocol = column.protocol
-        assert protocol in PROBES or table.downstream[protocol] in DOWNSTREAM
+        assert not column.measure or protocol in PROBES or table.downstream[protocol] in DOWNSTREAM
     assert set(table.protocols) == {*table.probes, *table.downstream}
 
 
@@ -70,6 +60,23 @@ def test_pixels_have_no_prefix_and_no_fine_tuning():
     assert columns['linear_patch'].key('laptop', 'pixels') == 'linear/0/pixels'
     assert columns['linear_cls'].key('laptop', 'pixels') is None
     assert columns['ft_patch'].key('laptop', 'pixels') is None
+
+
+def test_a_number_of_the_paper_has_no_score():
+    table = TABLES['conmim-t4']
+    assert [row.name for row in table.rows if row not in table.measured] == ['deit']
+    assert table.columns[0].key('laptop', 'paper') is None
+    assert TABLES['conmim-t3'].columns[0].key('laptop', 'trained') is None
+
+
+@pytest.mark.parametrize(
+    'name', ['conmim-t7', 'conmim-t8', 'conmim-t9', 'semanticmim-fig5', 'semanticmim-fig6']
+)
+def test_a_sweep_has_its_rows_at_places_on_its_axis(name):
+    table = TABLES[name]
+    for curve in {row.curve for row in table.rows}:
+        places = [row.x for row in table.rows if row.curve == curve and row.x is not None]
+        assert len(set(places)) == len(places) and (len(places) > 2 or not places)
 
 
 def test_a_wrong_row():

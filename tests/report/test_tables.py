@@ -11,12 +11,13 @@ from statistics import mean, stdev
 import pytest
 import torch
 from invented_records import invented_record
+from scipy.stats import norm, t
 
 from mimstudy.core.errors import StudyError
 from mimstudy.papers.experiments import experiment
 from mimstudy.papers.tables import TABLES
+from mimstudy.report.comparisons import has_paper_numbers, measured_columns
 from mimstudy.report.pages import (
-    BOLD,
     MARKERS,
     compact_table,
     page,
@@ -26,13 +27,12 @@ from mimstudy.report.pages import (
     write_readme,
     write_tables,
 )
-from mimstudy.report.sentences import all_sentences, answer
+from mimstudy.report.sentences import all_sentences, answer, correction_sentence
 from mimstudy.report.statistics import Estimate, table_records
 from mimstudy.report.cells import same_sign
 from mimstudy.report.tables import (
+    MARKS,
     block_cells,
-    has_paper_numbers,
-    measured_columns,
     overview,
     render,
     render_blocks,
@@ -43,7 +43,6 @@ from mimstudy.study.records import RecordStore
 T1 = TABLES['semanticmim-t1']
 WITH_PAPER = [table for table in TABLES.values() if has_paper_numbers(table)]
 NOT_FILLED = ('semanticmim-t1/maskfeat+semanticmim', 'conmim-t8/tau=0.2')
-STUDENT = {2: 12.7062, 3: 4.3027}  # quantile .975 of Student's t, by the number of seeds
 
 
 # -- invented records ---------------------------------------------------------------------------
@@ -70,7 +69,7 @@ def filled(tmp_path_factory):
     "A store of invented records: rows with three seeds, rows with one seed, and rows that were not run."
     store = RecordStore(tmp_path_factory.mktemp('filled'))
     generator = torch.Generator().manual_seed(0)
-    for name in [f'{table.name}/{row.name}' for table in TABLES.values() for row in table.rows]:
+    for name in [f'{table.name}/{row.name}' for table in TABLES.values() for row in table.measured]:
         if name in NOT_FILLED:
             continue
         one = experiment(name, 'laptop')
@@ -114,7 +113,9 @@ def scores_by_seed(store, table, row, protocol, key):
 
 
 def column_scores(store, table, row, column):
-    "What the files have for a cell; None for raw pixels in a column of prefix tokens."
+    "What the files have for a cell; None for raw pixels in a column of prefix tokens, and without a run."
+    if row.features == 'paper':
+        return None
     protocol, _, token = column.measure.split('/')
     key = column.measure
     if row.features == 'pixels':
@@ -142,26 +143,34 @@ def variance(score, n):
     return score * (100 - score) / n
 
 
+def half_width(sd, error, seeds, level):
+    "Half an interval of a mean over seeds, whose validation images give it a standard error."
+    between = t.ppf(1 - level / 2, seeds - 1) * sd / math.sqrt(seeds) if seeds > 1 else 0.0
+    return math.hypot(between, norm.ppf(1 - level / 2) * error)
+
+
 def expected_difference(ours, baseline):
-    "Mean and half width of the difference, and the number of seeds; None if there is no seed of both."
+    "Mean and half width of the difference, the number of seeds, its p-value; None without a seed of both."
     seeds = sorted(set(ours or ()) & set(baseline or ()))
     if not seeds:
         return None
     differences = [ours[seed][0] - baseline[seed][0] for seed in seeds]
-    errors = [math.sqrt(variance(*ours[seed]) + variance(*baseline[seed])) for seed in seeds]
-    half_width = 1.96 * mean(errors)
-    if len(seeds) > 1:
-        between = STUDENT[len(seeds)] * stdev(differences) / math.sqrt(len(seeds))
-        half_width = math.hypot(half_width, between)
-    return mean(differences), half_width, len(seeds)
+    error = mean(math.sqrt(variance(*ours[seed]) + variance(*baseline[seed])) for seed in seeds)
+    noise = stdev(differences) if len(seeds) > 1 else 0.0, error, len(seeds)
+    low, high = 0.0, 1.0  # the p-value lies between them
+    for _ in range(60):
+        middle = (low + high) / 2
+        inside = half_width(*noise, middle) > abs(mean(differences))
+        low, high = (middle, high) if inside else (low, middle)
+    return mean(differences), half_width(*noise, 0.05), len(seeds), high
 
 
 def expected_interval(difference):
     "'+4.2 [+3.0, +5.4]'."
     if difference is None:
         return '—'
-    middle, half_width, _ = difference
-    return f'{middle:+.1f} [{middle - half_width:+.1f}, {middle + half_width:+.1f}]'
+    middle, half, *_ = difference
+    return f'{middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}]'
 
 
 def difference_of(store, table, row, column):
@@ -181,15 +190,34 @@ def paper_difference_of(table, row, column):
     return None if None in numbers else numbers[0] - numbers[1]
 
 
-def expected_sign(theirs, difference):
-    "Whether paper and study agree."
+def kept_after_correction(store, table):
+    "The comparisons that Holm's procedure tells apart from 0: (row, row it is compared with, column)."
+    p_values = {}
+    for column in measured_columns(table, laptop(table, store)):
+        for row in table.rows:
+            for against in {row.baseline, row.control} - {''}:
+                difference = difference_of(store, table, replace(row, baseline=against), column)
+                if difference:
+                    p_values[row.name, against, column.name] = difference[3]
+    kept = set()
+    for name, p in sorted(p_values.items(), key=lambda item: item[1]):
+        if p > 0.05 / (len(p_values) - len(kept)):
+            break
+        kept.add(name)
+    return kept
+
+
+def expected_sign(theirs, difference, kept):
+    "Whether paper and study agree; `kept` after the correction or not."
     if theirs is None or difference is None:
         return '—'
-    middle, half_width, seeds = difference
-    if abs(middle) <= half_width:
+    middle, half, seeds, _ = difference
+    if abs(middle) <= half:
         return 'within noise'
     sign = 'yes' if (middle > 0) == (theirs > 0) else 'no'
-    return sign if seeds > 2 else f'{sign}, a hint'
+    if seeds < 3:
+        return f'{sign}, a hint'
+    return sign if kept else f'{sign}, uncorrected'
 
 
 def split_cells(line):
@@ -226,23 +254,26 @@ def test_every_score_of_an_overview_has_its_source(filled, table):
 @pytest.mark.parametrize('table', TABLES.values(), ids=TABLES)
 def test_every_difference_has_its_source_and_is_bold_if_it_is_certain(filled, table):
     records = laptop(table, filled)
+    kept = kept_after_correction(filled, table)
     columns = measured_columns(table, records)
     head, _, *lines = map(split_cells, render_differences(table, records).splitlines())
     assert head == ['points', 'compared with', *(column.label for column in columns)]
-    rows = [row for row in table.rows if row.baseline]
+    rows = [row for row in table.measured if row.baseline]
     for row, (label, baseline, *cells) in zip(rows, lines, strict=True):
         assert (label, baseline) == (row.label, table.row(row.baseline).label)
         for column, cell in zip(columns, cells, strict=True):
             difference = difference_of(filled, table, row, column)
             if difference is None:
                 assert cell == '—'
-            else:
-                middle, half_width, _ = difference
-                text = f'{middle:+.1f}'
-                assert cell == (f'**{text}**' if abs(middle) > half_width else text)
+                continue
+            middle, half, *_ = difference
+            mark = '*' if abs(middle) > half else ''
+            if (row.name, row.baseline, column.name) in kept:
+                mark = '**'
+            assert cell == f'{mark}{middle:+.1f}{mark}'
 
 
-def expected_line(store, table, row, column):
+def expected_line(store, table, row, column, kept):
     "The line of a row in the table of one column."
     number = row.paper.get(column.beside or column.name)
     theirs = paper_difference_of(table, row, column)
@@ -254,7 +285,7 @@ def expected_line(store, table, row, column):
         table.row(row.baseline).label if row.baseline else '—',
         '—' if theirs is None else f'{theirs:+.{table.digits}f}',
         expected_interval(difference),
-        expected_sign(theirs, difference),
+        expected_sign(theirs, difference, (row.name, row.baseline, column.name) in kept),
     ]
 
 
@@ -262,6 +293,7 @@ def expected_line(store, table, row, column):
 def test_every_cell_of_a_table_has_its_source(filled, table):
     records = laptop(table, filled)
     columns = measured_columns(table, records)
+    kept = kept_after_correction(filled, table)
     tables = tables_in(render(table, records))
     assert len(tables) == len(columns) + 1, 'one for each measured column, and one for the others'
     for column, (head, lines) in zip(columns, tables, strict=False):
@@ -269,7 +301,7 @@ def test_every_cell_of_a_table_has_its_source(filled, table):
         assert head[4:] == ['difference, paper', 'difference, here', 'same sign?']
         expected = []
         for row in table.rows:
-            expected.append(expected_line(filled, table, row, column))
+            expected.append(expected_line(filled, table, row, column, kept))
             if row.control:
                 control = replace(row, baseline=row.control)
                 interval = expected_interval(difference_of(filled, table, control, column))
@@ -295,7 +327,7 @@ def expected_block(scores):
 def test_every_score_of_a_block_has_its_source(filled, table):
     tables = tables_in(render_blocks(table, laptop(table, filled)))
     assert len(tables) == 2 * len(table.probes)
-    rows = [row for row in table.rows if row.features != 'pixels']
+    rows = [row for row in table.measured if row.features != 'pixels']
     for head, lines in tables:
         protocol, token = head[0].split(', ')
         assert head[1:] == [f'block {block}' for block in range(1, 5)]
@@ -341,7 +373,10 @@ def test_every_number_of_a_sentence_stands_in_the_table(filled, table):
     records = laptop(table, filled)
     cells = shown_differences(table, records)
     found = all_sentences(table, records)
-    assert len(found) > len(table.rows) / 2
+    columns = measured_columns(table, records)
+    compared = [difference_of(filled, table, row, column) for row in table.rows for column in columns]
+    told = [sentence for sentence in found if not sentence.startswith('Not run')]
+    assert len(told) == len(list(filter(None, compared))) > 1
     for sentence in found:
         if sentence.startswith('Not run'):
             continue
@@ -373,9 +408,9 @@ def test_an_answer_sorts_rows_by_their_difference(filled, table):
                 row = replace(row, baseline=row.control) if controls else row
                 difference = difference_of(filled, table, row, columns[title])
                 assert interval == expected_interval(difference)
-                middle, half_width, _ = difference
+                middle, half, *_ = difference
                 sign = 'above' if middle > 0 else 'below'
-                assert name == ('within noise' if abs(middle) <= half_width else sign)
+                assert name == ('within noise' if abs(middle) <= half else sign)
                 sorted_rows.add((label, title, row.baseline))
     compared = [row for row in table.rows if row.baseline and (row.adds or row.features == 'trained')]
     compared += [replace(row, baseline=row.control) for row in table.rows if row.control]
@@ -434,11 +469,12 @@ def test_an_answer_from_fewer_than_three_seeds_is_a_hint(tmp_path, gains, hint):
 
 
 def test_signs_agree_only_outside_of_the_noise():
-    certain = Estimate(mean=4.0, sd=1.0, half_width=2.0, n=3)
+    certain = Estimate(mean=4.0, sd=0.5, error=0.5, n=3)
     assert same_sign(17.7, certain) == 'yes'
     assert same_sign(-17.7, certain) == 'no'
-    assert same_sign(17.7, certain._replace(n=2)) == 'yes, a hint'
-    assert same_sign(17.7, certain._replace(half_width=5.0)) == 'within noise'
+    assert same_sign(17.7, certain, level=1e-6) == 'yes, uncorrected'
+    assert same_sign(17.7, certain._replace(n=1)) == 'yes, a hint'
+    assert same_sign(17.7, certain._replace(sd=5.0)) == 'within noise'
     assert same_sign(None, certain) == same_sign(17.7, None) == '—'
 
 
@@ -460,7 +496,7 @@ def test_a_table_without_records_says_not_run(tmp_path, table):
     tables = tables_in(text)
     assert 'not run' in text.splitlines()[2]
     assert not render_blocks(table, records)
-    assert all_sentences(table, records) == [f'Not run: {", ".join(row.label for row in table.rows)}.']
+    assert all_sentences(table, records) == [f'Not run: {", ".join(row.label for row in table.measured)}.']
     assert answer(table, records) == []
     if has_paper_numbers(table):
         for _, lines in tables[: len(measured_columns(table, records))]:
@@ -522,6 +558,16 @@ def test_paper_scale_shows_the_block_of_the_paper(tmp_path):
 # -- pages and README ---------------------------------------------------------------------------
 
 
+def test_a_page_counts_its_comparisons_and_names_those_that_are_left(filled):
+    for table in TABLES.values():
+        records = laptop(table, filled)
+        text = correction_sentence(table, records)
+        kept = kept_after_correction(filled, table)
+        assert f'{len(kept) or "none"} can be told apart' in text
+        assert text.count(' over ') == len(kept)
+        assert f'- {text}' in page(table, records)
+
+
 def test_every_table_with_records_has_a_page(filled, tmp_path):
     written = write_tables(filled, tmp_path)
     assert [file.name for file in written] == [page_name(*names) for names in pages(filled)]
@@ -541,7 +587,7 @@ def test_a_page_has_the_answer_the_table_and_every_block(filled, table):
         assert overview(table, records) in text
     else:
         assert render_differences(table, records) in text
-        assert BOLD in text
+        assert MARKS in text
     assert all(f'- {sentence}\n' in text for sentence in sentences)
     assert render(table, records) in text
     assert render_blocks(table, records) in text

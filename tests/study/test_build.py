@@ -5,8 +5,10 @@ import torch
 
 from mimstudy.core.errors import StudyError
 from mimstudy.engine.datasets import load_dataset
+from mimstudy.papers.experiments import experiment
 from mimstudy.papers.pretraining import PRETRAININGS, pretraining
 from mimstudy.papers.scales import at_scale
+from mimstudy.papers.tables import TABLES
 from mimstudy.study.build import build_batch_function, build_mask, build_task, evaluated_encoder
 
 
@@ -31,6 +33,35 @@ def test_every_published_method_computes_a_loss(name, images):
     assert evaluated_encoder(config, task).P == config.encoder.prefix
     again = make_batch(pixels, labels, seeded())
     assert all(a.equal(b) for a, b in zip(batch.views, again.views, strict=True))
+
+
+TRAININGS = {}  # identifier -> the first declared row that is this training
+for table in TABLES.values():
+    for row in table.measured:
+        one = experiment(f'{table.name}/{row.name}', 'smoke')
+        if row.features == 'trained':
+            TRAININGS.setdefault(one.train_id, one)
+
+
+@pytest.mark.parametrize('one', TRAININGS.values(), ids=lambda one: one.name)
+def test_every_declared_row_makes_a_step(one, images):
+    task = build_task(one.config, images, seed=1)
+    pixels, labels = next(iter(images.batches([torch.arange(4)])))
+    batch = build_batch_function(one.config, images)(pixels, labels, seeded())
+    loss = task(batch, 0.0)['loss']
+    loss.backward()
+    gradients = [p.grad for p in task.encoder.parameters() if p.grad is not None]
+    assert torch.isfinite(loss)
+    assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.mark.slow
+def test_a_dvae_of_our_own_depends_on_its_seed_alone(images):
+    config = experiment('tokenizers/beit-own-dvae', 'smoke').config
+    pixels = next(iter(images.batches([torch.arange(4)])))[0] / 255
+    codes = [build_task(config, images, seed).target.tokenizer.codes(pixels) for seed in (1, 1, 2)]
+    assert codes[0].shape == (4, 4, 4) and codes[0].unique().numel() > 4
+    assert codes[0].equal(codes[1]) and not codes[0].equal(codes[2])
 
 
 @pytest.mark.parametrize('views', ['two', 'multicrop'])
