@@ -140,6 +140,7 @@ def run(
     dry_run: Annotated[bool, typer.Option('--dry-run', help='show what would be run')] = False,
 ):
     "Run the rows of a table that are not done, and show the table."
+    from mimstudy.engine.signals import STOP_SIGNALS
     from mimstudy.study import scheduler
     from mimstudy.study.plan import plan
     from mimstudy.study.records import RecordStore
@@ -158,7 +159,9 @@ def run(
             typer.echo(f'{step.status:10} {step.experiment.name} seed {step.experiment.seed}')
         return
     if current_thread() is main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # batch systems stop jobs with SIGTERM
+        for number in STOP_SIGNALS:  # of a batch system, or of a terminal that is closed
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)
     failures = scheduler.run(steps, store, jobs)
     if len(failures) < len(steps):
         typer.echo(show_result(steps[0].experiment, store))

@@ -23,7 +23,8 @@ def _rows():
         lines.append(table.name)
         for row in table.rows:
             name = f'{table.name}/{row.name}'
-            lines.append(f'  {name:38} {row.label}')
+            only = ', a number of the paper only' if row.features == 'paper' else ''
+            lines.append(f'  {name:38} {row.label}{only}')
     return lines
 
 

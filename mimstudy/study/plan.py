@@ -110,7 +110,7 @@ def plan(
     "The steps of a table or of some of its rows; an unknown name is a `StudyError`."
     store = store or RecordStore()
     table = TABLES[check_name(table, TABLES, 'table')]
-    names = dict.fromkeys(rows or [row.name for row in table.rows])
+    names = dict.fromkeys(rows or [row.name for row in table.measured])
     steps = []
     for seed in dict.fromkeys(seeds):
         for name in names:
