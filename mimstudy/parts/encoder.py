@@ -292,7 +292,7 @@ def block_features(
     patch_grid(encoder, x)
     options = dict(norm=False, output_fmt='NLC')
     takes = signature(encoder.forward_intermediates).parameters
-    if encoder.num_prefix_tokens and 'return_prefix_tokens' in takes:
+    if getattr(encoder, 'num_prefix_tokens', 0) and 'return_prefix_tokens' in takes:
         options['return_prefix_tokens'] = True
     _, blocks = encoder.forward_intermediates(x, **options)
     pairs = [block if isinstance(block, tuple) else (block, block[:, :0]) for block in blocks]

@@ -19,9 +19,10 @@ from .encoder import patch_side
 def _is_plain_transformer(model):
     "Whether a timm model has a grid of patches and one token a patch in every block."
     embed = getattr(model, 'patch_embed', None)
-    names = ('blocks', 'num_prefix_tokens', 'forward_intermediates')
+    says_prefix = hasattr(model, 'num_prefix_tokens') or hasattr(model, 'cls_token')
     of_patches = ('img_size', 'grid_size', 'feat_ratio', 'dynamic_feat_size', 'strict_img_size')
-    return all(hasattr(model, n) for n in names) and all(hasattr(embed, n) for n in of_patches)
+    of_model = says_prefix and hasattr(model, 'blocks') and hasattr(model, 'forward_intermediates')
+    return of_model and all(hasattr(embed, name) for name in of_patches)
 
 
 def check_timm_encoder(

@@ -1,6 +1,7 @@
 "Parameter groups of the releases: weight decay and learning rate factor of each parameter; and AdamW itself."
 
 import pytest
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -8,6 +9,8 @@ from torch import nn
 from mimstudy.core.errors import StudyError
 from mimstudy.engine.config import OptimConfig
 from mimstudy.engine.optimiser import build_optimiser, clip_each, decay_groups, layer_of
+from mimstudy.parts.encoder import Encoder
+from mimstudy.parts.finetuning import prepare_finetuning
 
 NO_DECAY = ('cls_token', 'reg_token', 'pos_embed')
 STEM = r'^(?:backbone\.)?(?:cls_token|pos_embed|patch_embed|mask_token)'
@@ -126,6 +129,41 @@ def test_layers_of_a_timm_encoder(golden):
     ):
         assert layers[f'encoder.{name}'] == expected[name], name
     assert layers['head.weight'] == expected['head.weight'] and layers['encoder.reg_token'] == 0
+
+
+@pytest.mark.parametrize(
+    'name, tokens',
+    [
+        ('vit_small_patch14_reg4_dinov2', ['cls_token', 'reg_token', 'pos_embed']),
+        ('vit_small_patch16_dinov3', ['cls_token', 'reg_token']),
+        ('deit_tiny_distilled_patch16_224', ['cls_token', 'dist_token', 'pos_embed']),
+        ('beit_base_patch16_224', ['cls_token']),
+    ],
+)
+@pytest.mark.parametrize('stem', [None, r'^patch_embed', r'^cls_token|pos_embed|patch_embed'])
+def test_all_tokens_of_the_input_have_one_learning_rate(name, tokens, stem):
+    "Whatever timm's own matcher of layers names, in this version or an earlier one."
+    small = dict(img_size=56, patch_size=14, embed_dim=12, depth=3, num_heads=1, num_classes=5)
+    encoder = timm.create_model(name, **small)
+    if stem:
+        blocks = [(r'^blocks\.(\d+)', None), (r'^norm', (99999,))]
+        encoder.group_matcher = lambda coarse: dict(stem=stem, blocks=blocks)
+    assert {layer_of(encoder)[token] for token in tokens} == {0}
+    scales = {factor for token in tokens for _, factor in [table(encoder, layer_decay=0.5)[token]]}
+    assert scales == {0.5**4}
+
+
+def test_proxies_of_a_fine_tuned_encoder_have_the_learning_rate_of_the_class_token():
+    encoder = prepare_finetuning(Encoder(size=16, patch=8, width=8, depth=2, heads=1, prefix=8))
+    found = table(encoder, layer_decay=0.65)
+    assert found['cls_token'] == found['reg_token'] == found['pos_embed'] == (0.0, 0.65**3)
+
+
+def test_exempt_parameters_are_exempt_wherever_they_lie():
+    module = nn.ModuleDict({'encoder': Encoder(size=16, patch=8, width=8, depth=1, heads=1, prefix=2)})
+    found = table(module, no_decay=('cls_token', 'pos_embed'))
+    decays = {name.split('.')[-1]: decay for name, (decay, _) in found.items() if 'blocks' not in name}
+    assert decays['cls_token'] == decays['pos_embed'] == 0 and decays['reg_token'] == 0.05
 
 
 def test_frozen_parameters_are_in_no_group():

@@ -221,7 +221,7 @@ def test_an_error_in_a_measure_restores_the_encoder():
 def test_other_sizes_of_an_encoder_with_dynamic_size():
     encoder = timm.create_model('vit_small_patch16_dinov3', dynamic_img_size=True, **SMALL).eval()
     assert attention(encoder, torch.randn(1, 3, 32, 96)).shape == (1, 3, 5 + 12, 5 + 12)
-    resized = timm_encoder(timm.create_model('beit_base_patch16_224', **SMALL), size=96)
+    resized = timm_encoder(timm.create_model('vit_tiny_patch16_224', **SMALL), size=96)
     assert attention(resized, torch.randn(1, 3, 96, 96)).shape == (1, 3, 37, 37)
 
 
@@ -238,6 +238,8 @@ def test_other_sizes_of_an_encoder_with_dynamic_size():
     ],
 )
 def test_what_cannot_be_shown_is_one_line(name, options, block, message):
+    if not timm.is_model(name):
+        pytest.skip(f'timm {timm.__version__} has no {name}')
     encoder = timm.create_model(name, **SMALL | options).eval()
     with pytest.raises(StudyError, match=message):
         attention(encoder, torch.randn(2, 3, 64, 64), block)

@@ -45,7 +45,10 @@ def test_every_family_has_features_of_every_block(name):
     options, P, side = FAMILIES[name]
     if not timm.is_model(name):
         pytest.skip(f'timm {timm.__version__} has no {name}')
-    encoder = timm_encoder(timm.create_model(name, **options))
+    model = timm.create_model(name, **options)
+    if not hasattr(model, 'forward_intermediates'):
+        pytest.skip(f'timm {timm.__version__} has no features of the blocks of {name}')
+    encoder = timm_encoder(model)
     x = images(options['img_size'])
     assert patch_side(encoder) == side and patch_grid(encoder, x) == (4, 4)
     features = block_features(encoder, x)
@@ -76,6 +79,8 @@ def test_a_name_opens_the_model_at_a_size_without_a_draw():
 def test_a_model_changes_its_size_as_timm_does(name):
     torch.manual_seed(0)
     model = timm.create_model(name, **SMALL).eval()
+    if not hasattr(model, 'set_input_size'):
+        pytest.skip(f'timm {timm.__version__} cannot resize a {type(model).__name__}')
     encoder = timm_encoder(model, size=96)
     assert patch_grid(encoder, images(96)) == (6, 6) and model.patch_embed.grid_size == (4, 4)
     model.set_input_size(img_size=(96, 96))
