@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from PIL import Image
 
 from mimstudy.core.errors import StudyError
 from mimstudy.core.scenes import scenes
+from mimstudy.engine.checkpoint import load_checkpoint
 from mimstudy.papers.experiments import experiment
 from mimstudy.study import processes
 from mimstudy.study.plan import plan, status, training_progress
@@ -312,6 +314,27 @@ def test_an_interrupt_ends_the_processes_and_the_row_can_be_continued(tmp_path, 
         assert len(set(steps)) == len(steps), 'no step is logged twice'
         last_steps.append(float(steps[-1]))
     assert last_steps[1] > last_steps[0]
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_leaves_a_checkpoint(tmp_path):
+    "Its end reaches the command as SIGHUP, and nothing more can be printed."
+    words = ['--rows', 'maskfeat', '--scale', 'laptop', '--data', 'scenes']
+    env = os.environ | dict(MIMSTUDY_CHECKPOINT_SECONDS='1e6')
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execvpe(sys.executable, command(*words, results=tmp_path), env)
+    wait_for(lambda: any(file.stat().st_size for file in tmp_path.rglob('log.csv')))
+    descendants = psutil.Process(pid).children(recursive=True)
+    os.close(terminal)
+    _, status_code = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status_code) == 130
+    gone, alive = psutil.wait_procs(descendants, timeout=30)
+    assert not alive and gone
+    store = RecordStore(tmp_path)
+    (step,) = plan('semanticmim-t1', ['maskfeat'], 'laptop', 'scenes', store=store)
+    assert step.status == 'resumable'
+    assert load_checkpoint(store.run_folder(step.experiment.train_id))['step'] > 0
 
 
 @pytest.mark.slow
