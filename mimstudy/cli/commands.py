@@ -141,19 +141,23 @@ def run(
 ):
     "Run the rows of a table that are not done, and show the table."
     from mimstudy.engine.signals import STOP_SIGNALS
+    from mimstudy.engine.fingerprint import named_dataset
     from mimstudy.study import scheduler
+    from mimstudy.study.changed_images import change_lines
     from mimstudy.study.plan import plan
     from mimstudy.study.records import RecordStore
 
     _refuse_distributed()
     store = RecordStore(results)
-    steps = plan(table, rows, scale, data, seeds, store, protocols)
+    steps = plan(table, rows, scale, named_dataset(data), seeds, store, protocols)
     if not steps:
         names = ', '.join(protocols)
         raise StudyError(
             f'none of these rows can be evaluated by {names}: pixels have no encoder to train further'
         )
     typer.echo(f'{table} at {scale} scale on {steps[0].experiment.dataset}: {summary(steps)}', err=True)
+    for line in change_lines([step.experiment for step in steps], store):
+        typer.echo(line, err=True)
     if dry_run:
         for step in steps:
             typer.echo(f'{step.status:10} {step.experiment.name} seed {step.experiment.seed}')
@@ -182,13 +186,15 @@ def show_status(
     results: ResultsFolder = None,
 ):
     "Show which rows are done, resumable (and how far they are) or missing."
+    from mimstudy.engine.fingerprint import named_dataset
     from mimstudy.papers.tables import TABLES
     from mimstudy.study.plan import plan, training_progress
     from mimstudy.study.records import RecordStore
 
     store = RecordStore(results)
+    dataset = named_dataset(data)
     for name in [table] if table else TABLES:
-        steps = plan(name, (), scale, data, seeds, store, protocols)
+        steps = plan(name, (), scale, dataset, seeds, store, protocols)
         typer.echo(f'{name} at {scale} scale on {steps[0].experiment.dataset}: {summary(steps)}')
         for step in steps:
             progress = ''

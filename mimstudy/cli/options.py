@@ -89,7 +89,12 @@ class SeveralValuesCommand(TyperCommand):
 
 # %% ../../nbs/cli/10_options.ipynb #55722ef0
 Scale = Annotated[str, typer.Option(help='smoke, laptop, evening, gpu or paper')]
-Data = Annotated[str, typer.Option(help='a dataset: mimstudy list data', show_default="the scale's own")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help='a dataset (mimstudy list data), or a folder, zip or tar file', show_default="the scale's own"
+    ),
+]
 Seeds = Annotated[list[int], typer.Option(min=0, help='one or more seeds: --seeds 0 1 2', show_default='0')]
 Rows = Annotated[list[str], typer.Option(help='rows of the table: --rows beit maskfeat', show_default='all')]
 Protocols = Annotated[

@@ -8,7 +8,7 @@ __all__ = ['SCENES_NOTE', 'IMAGENET_NOTE', 'DATASETS', 'DatasetInfo', 'dataset_n
 # %% ../../nbs/engine/21_dataset_names.ipynb #f5f50f0d
 from dataclasses import dataclass
 
-from ..core.settings import settings
+from ..core.settings import archive_suffix, settings
 
 # %% ../../nbs/engine/21_dataset_names.ipynb #99beb099
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def dataset_names() -> list[str]:
     current = settings()
     in_data_folder = []
     for file in current.data.glob('*'):
-        if file.is_dir() or file.name.endswith('.tar.xz'):
-            in_data_folder.append(file.name.removesuffix('.tar.xz'))
+        suffix = archive_suffix(file)
+        if not file.name.startswith('.') and (suffix or file.is_dir()):
+            in_data_folder.append(file.name.removesuffix(suffix))
     others = {*current.dataset_paths, *in_data_folder} - {*DATASETS}
     return [*DATASETS, *sorted(others)]

@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['NAMED_FILES', 'IN_MEMORY', 'SCENES', 'ImageDataset', 'InMemoryDataset', 'first_of_each', 'decode_into_memory',
-           'report_broken', 'read_archive', 'read_folder', 'read_download', 'scenes_dataset', 'load_dataset',
-           'fingerprint']
+           'report_broken', 'read_images', 'read_archive', 'read_folder', 'read_download', 'scenes_dataset',
+           'load_dataset']
 
 # %% ../../nbs/engine/30_datasets.ipynb #dd3bfa1b
-import os
 import warnings
 from collections.abc import Iterable, Iterator
-from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
@@ -22,12 +20,12 @@ from torch import Tensor
 from ..core.errors import StudyError, check_name
 from ..core.scenes import CLASSES, scenes
 from ..core.settings import dataset_path, settings
-from .archives import cache_file, list_archive, load_or_decode
-from .config import short_hash
+from .archives import cache_file, load_cached, save_cached
 from .dataset_names import DATASETS, dataset_names
 from .downloads import fetch_dataset
 from .image_folder import FolderDataset, RandomCrop, decode_image, resize_and_center_crop
-from .image_layout import files_below, find_split, list_images
+from .image_layout import ImageList, find_split
+from .image_sources import dataset_kind, open_images
 
 # %% ../../nbs/engine/30_datasets.ipynb #304be083
 class ImageDataset(Protocol):
@@ -147,48 +145,58 @@ def report_broken(
     warnings.warn(f'{len(broken)} of {n} images cannot be decoded and are left out: {named}', stacklevel=2)
 
 # %% ../../nbs/engine/30_datasets.ipynb #8d2ab6e1
-IN_MEMORY = 2**30  # largest size in bytes of a decoded folder; larger ones are decoded by workers
+IN_MEMORY = 2**30  # largest size in bytes of decoded images; larger sets are decoded by workers
+
+
+def read_images(
+    images: ImageList,  # of one split
+    size: int,  # side S in pixels
+    strict: bool,  # whether a broken image is an error
+    crop: RandomCrop | None = None,  # random crops, if the images do not fit into memory
+) -> ImageDataset:
+    "The images of a split: in memory if they fit, else decoded by worker processes."
+    names, labels, classes, read = images
+    if 3 * size * size * len(names) > IN_MEMORY:
+        return FolderDataset(names, labels, classes, size, strict, crop, settings().workers, read)
+    decoded = (decode_image(read(name)) for name in names)
+    return decode_into_memory(decoded, names, labels, classes, size, strict)
 
 
 def read_archive(
-    file: Path,  # a tar file, compressed or not
+    file: Path,  # a tar or zip archive
     split: str,  # 'train', 'val' or the name of a folder
     size: int,  # side S in pixels
     per_class: int | None,  # the first so many of each class; None takes all
     strict: bool,  # whether a broken image is an error
-) -> InMemoryDataset:
-    "One split of an archive, decoded into memory."
-    names, contents, labels, classes = list_archive(file, split, per_class)
-    return decode_into_memory(map(decode_image, contents), names, labels, classes, size, strict)
+    crop: RandomCrop | None = None,  # random crops, if the images do not fit into memory
+) -> ImageDataset:
+    "One split of an archive."
+    return read_images(open_images(file, split, per_class), size, strict, crop)
 
 
 def read_folder(
-    root: Path,  # SPLIT/CLASS/FILE, SPLIT/FILE, or only files
+    root: Path,  # a folder in one of the layouts
     split: str,  # 'train', 'val' or the name of a folder
     size: int,  # side S in pixels
     per_class: int | None,  # the first so many of each class; None takes all
     strict: bool,  # whether a broken image is an error
-    crop: RandomCrop | None = None,  # random crops, if the dataset does not fit into memory
+    crop: RandomCrop | None = None,  # random crops, if the images do not fit into memory
 ) -> ImageDataset:
-    "One split of an image folder: in memory if it fits, else decoded by worker processes."
-    files, labels, classes = list_images(root, split, per_class)
-    if 3 * size * size * len(files) > IN_MEMORY:
-        return FolderDataset(files, labels, classes, size, strict, crop, settings().workers)
-    return decode_into_memory(map(decode_image, files), files, labels, classes, size, strict)
+    "One split of a folder of images, of shards or of tables."
+    return read_images(open_images(root, split, per_class), size, strict, crop)
 
 
-def _cached_archive(file, split, size, per_class, strict):
-    "As `read_archive`, decoded once and then taken from the cache."
-
-    def decode():
-        made = read_archive(file, split, size, per_class, strict)
+def _cached_archive(file, split, size, per_class, strict, crop):
+    "As `read_archive`; what fits into memory is decoded once and then taken from the cache."
+    kept = cache_file(file, split, size, per_class)
+    saved = load_cached(kept)
+    if saved and not (strict and saved[1]['broken']):  # else an error names the broken files
+        return InMemoryDataset(**saved[0], **saved[1])
+    made = read_archive(file, split, size, per_class, strict, crop)
+    if isinstance(made, InMemoryDataset):
         tensors = {'images': made.images, 'labels': made.labels}
-        return tensors, {'classes': made.classes, 'broken': made.broken}
-
-    tensors, values = load_or_decode(cache_file(file, split, size, per_class), decode)
-    if strict and values['broken']:
-        return read_archive(file, split, size, per_class, strict)  # raises an error that names the file
-    return InMemoryDataset(**tensors, **values)
+        save_cached(kept, tensors, {'classes': made.classes, 'broken': made.broken})
+    return made
 
 # %% ../../nbs/engine/30_datasets.ipynb #b37fcb82
 def read_download(
@@ -241,24 +249,5 @@ def load_dataset(
     if kind == 'torchvision':
         return read_download(name, split, size, per_class, strict)
     root = dataset_path(name, settings())
-    if root.is_dir():
-        return read_folder(root, split, size, per_class, strict, crop)
-    return _cached_archive(root, split, size, per_class, strict)
-
-# %% ../../nbs/engine/30_datasets.ipynb #bd8adbe8
-def fingerprint(
-    name: str,  # of a dataset that can be loaded
-) -> str:  # '35,200 files, 1a2b3c4d5e6f', or the name of a dataset that is made or downloaded
-    "A text that changes when the files of a dataset change."
-    if name in DATASETS and DATASETS[name].kind != 'local':
-        return name
-    root = dataset_path(name, settings())
-    if root.is_dir():
-        files = [(os.path.relpath(file, root), os.stat(file).st_size) for file in files_below(root)]
-        return f'{len(files):,} files, {short_hash(files, 12)}'
-    size = root.stat().st_size
-    with root.open('rb') as archive:
-        ends = [archive.read(2**16)]
-        archive.seek(max(0, size - 2**16))
-        ends.append(archive.read())
-    return f'{size:,} bytes, {sha256(b"".join(ends)).hexdigest()[:12]}'
+    read = _cached_archive if dataset_kind(root) == 'archive' else read_folder
+    return read(root, split, size, per_class, strict, crop)

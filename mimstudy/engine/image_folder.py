@@ -8,7 +8,7 @@ __all__ = ['decode_image', 'resize_and_center_crop', 'RandomCrop', 'random_crop'
 # %% ../../nbs/engine/25_image_folder.ipynb #2f3ef7eb
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -100,14 +100,16 @@ class FolderDataset:
 
     def __init__(
         self,
-        files: Sequence[str],  # n paths
+        files: Sequence[str],  # n paths, or other names that `read` takes
         labels: Tensor,  # (n,) class ids
         classes: list[str],  # their names
         side: int,  # S in pixels
         strict: bool = False,  # True: a broken file is an error; False: it is replaced and counted
         crop: RandomCrop | None = None,  # random crops for training; None: `resize_and_center_crop`
         workers: int = 0,  # decoding processes, unless `batches` is given another number
+        read: Callable[[str], str | bytes] = str,  # name -> what `decode_image` takes
     ):
+        self.read_file = read
         self.files = np.array([os.fsencode(file) for file in files])
         self.labels = labels
         self.classes = classes
@@ -124,6 +126,10 @@ class FolderDataset:
     def broken(self):
         "Number of files that could not be decoded so far."
         return len(self._broken)
+
+    def decode(self, i: int) -> Image.Image | None:
+        "Image i, or None if it cannot be decoded."
+        return decode_image(self.read_file(os.fsdecode(self.files[i])))
 
     def __getitem__(self, indices):
         "One batch, in the worker: images (B,3,S,S), labels (B,), and the files that could not be decoded."
@@ -154,13 +160,13 @@ def _decode_batch(dataset, indices):
     decoded = []
     broken = []
     for i in indices.tolist():
-        image = decode_image(os.fsdecode(dataset.files[i]))
+        image = dataset.decode(i)
         while image is None:
             broken.append(os.fsdecode(dataset.files[i]))
             if dataset.strict or len(broken) == len(dataset):
                 return None, None, broken
             i = (i + 1) % len(dataset)
-            image = decode_image(os.fsdecode(dataset.files[i]))
+            image = dataset.decode(i)
         if dataset.crop:
             decoded.append(random_crop(image, dataset.side, dataset.crop, generator))
         else:

@@ -17,6 +17,7 @@ from ..engine.files import is_finished, is_resumable
 from ..engine.training_log import read_log
 from ..papers.experiments import Experiment, experiment
 from ..papers.tables import TABLES
+from .changed_images import is_changed
 from .records import RecordStore
 
 # %% ../../nbs/study/50_plan.ipynb #e985509e
@@ -64,7 +65,7 @@ def named_experiment(
     return experiment(name, scale, dataset, seed, tuple(protocols))
 
 # %% ../../nbs/study/50_plan.ipynb #daa3bb45
-STATUSES = ('done', 'trained', 'resumable', 'missing')
+STATUSES = ('done', 'changed', 'trained', 'resumable', 'missing')
 
 
 class Step(NamedTuple):
@@ -88,8 +89,10 @@ def title(
 def status(
     experiment: Experiment,
     store: RecordStore,
-) -> str:  # 'done', 'trained' but not evaluated, 'resumable' or 'missing'
+) -> str:  # 'done', 'changed' images, 'trained' but not evaluated, 'resumable' or 'missing'
     "The status of an experiment, from its records and the folder of its training."
+    if is_changed(experiment, store):
+        return 'changed'
     if store.done(experiment):
         return 'done'
     folder = store.run_folder(experiment.train_id)

@@ -179,6 +179,7 @@ class RecordStore:
         if not existing.is_dir():
             raise StudyError(f'{existing} is a file; results need a folder')
         self._read = {}  # file -> time of change, record
+        self.fingerprints = {}  # of datasets, as `changed_images` computed them
 
     def _file(self, record_id):
         return self.root / 'scores' / f'{record_id}.json'
@@ -211,6 +212,11 @@ class RecordStore:
         if self._read.get(file, (0, None))[0] != changed:
             self._read[file] = changed, read_record(file)
         return self._read[file][1]
+
+    def find_id(self, record_id: str) -> list[dict]:  # one or none
+        "The record of an identifier."
+        found = self._record(self._file(record_id))
+        return [found] if found else []
 
     def frame(self, **fields) -> 'pd.DataFrame':
         "The scores of the records that `find` returns, one a row."

@@ -21,7 +21,7 @@ import torch
 from ..core.errors import StudyError
 from ..core.settings import resolve_device, settings
 from ..engine.config import SEPARATE_CROPS
-from ..engine.datasets import ImageDataset, InMemoryDataset, fingerprint, load_dataset
+from ..engine.datasets import ImageDataset, InMemoryDataset, load_dataset
 from ..engine.files import write_atomic
 from ..engine.image_folder import RandomCrop
 from ..engine.image_layout import NO_CLASSES
@@ -41,6 +41,7 @@ from mimstudy.study.build import (
     build_task,
     evaluated_encoder,
 )
+from .changed_images import SEPARATOR, claim_folder, images_fingerprint
 from .downstream import check_downstream, train_downstream
 from .encoder_files import save_encoder
 from .records import RecordStore, record
@@ -158,13 +159,16 @@ def pretrain(
         return Pretrained(None)
     if experiment.features == 'random':
         return Pretrained(build_encoder(experiment.config, experiment.seed).eval())
-    return _train(experiment, store.run_folder(experiment.train_id))
+    return _train(experiment, store)
 
 
-def _train(experiment, out):
+def _train(experiment, store):
     "Train, resume or load the pre-training of an experiment, and save its encoder."
     config, seed, device = experiment.config, experiment.seed, settings().device
     images = load_training_images(experiment)
+    out = store.run_folder(experiment.train_id)
+    recorded = [one['fingerprint'].split(SEPARATOR)[0] for one in store.find(train=experiment.train_id)]
+    claim_folder(out, images_fingerprint(experiment), recorded)
     task = build_task(config, images, seed)
     if isinstance(images, InMemoryDataset) and resolve_device(device).type == 'cuda':
         images = images.to('cuda')
@@ -206,7 +210,7 @@ def probe_encoder(
     report_message('message', message)
     scores = evaluate(protocols, trained.encoder, images, val, device)
     usage = trained.usage | dict(
-        fingerprint=fingerprint(experiment.dataset),
+        fingerprint=images_fingerprint(experiment),
         seconds=trained.usage.get('seconds', 0.0) + time.perf_counter() - start,
         peak_memory=trained.usage.get('peak_memory') or peak_memory(device),
     )
@@ -230,10 +234,13 @@ def train_further(
     start = time.perf_counter()
     config = experiment.downstream_config(protocol)
     out = store.run_folder(f'{protocol}-{experiment.train_id}-{config.key()}')
+    today = images_fingerprint(experiment, protocol)
+    recorded = store.find_id(experiment.record_id(protocol))
+    claim_folder(out, today, [one['fingerprint'] for one in recorded])
     result = train_downstream(protocol, config, trained.encoder, out, experiment.seed)
     seconds = max(result.seconds, time.perf_counter() - start)
     usage = trained.usage | dict(
-        fingerprint=fingerprint(experiment.dataset),
+        fingerprint=today,
         seconds=trained.usage.get('seconds', 0.0) + seconds,
         peak_memory=result.peak_memory,
     )

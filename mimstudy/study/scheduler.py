@@ -21,6 +21,7 @@ from ..core.settings import resolve_device, settings
 from ..engine.files import report_write_errors
 from ..papers.experiments import Experiment, slug
 from ..papers.tables import TABLES
+from .changed_images import is_done
 from .plan import Step, check_datasets, title
 from .processes import ProcessGroup, child_environment, execute, run_notebook
 from .progress import ProgressDisplay
@@ -68,7 +69,7 @@ def run_row(
     with report_write_errors(folder / 'row.lock'):
         lock = FileLock(folder / 'row.lock', timeout=0).acquire()
     with lock:
-        if run.store.done(experiment):
+        if is_done(experiment, run.store):
             return None
         parameters = dict(
             experiment=experiment.name,

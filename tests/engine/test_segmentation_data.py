@@ -1,6 +1,8 @@
 "Segmentation datasets: two layouts, resizing, ignored pixels, and files that are not what they should be."
 
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -357,3 +359,97 @@ def test_ade(real_data):
     labels = np.array(read_label_map(file, 150, 1))
     assert ((numbers == 0) == (labels == IGNORE_LABEL)).all()
     assert (numbers[numbers > 0] - 1 == labels[numbers > 0]).all()
+
+
+# -- what the files of people look like ----------------------------------------------------------------------
+
+
+def with_orientation(image, turn, file):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    image.save(file, exif=exif)
+    return file
+
+
+@pytest.mark.parametrize('turn', range(1, 9))
+@pytest.mark.parametrize('size', [(24, 24), (24, 40)])
+@pytest.mark.parametrize('stored', ['as the image', 'upright', 'as the image, with its own orientation'])
+def test_an_image_that_exif_turns_stays_aligned_with_its_map(tmp_path, turn, size, stored):
+    "The grey value of a pixel is 20 times its label."
+    labels = (
+        np.random.default_rng(turn).integers(0, 5, (size[1] // 8, size[0] // 8)).repeat(8, 0).repeat(8, 1)
+    )
+    image = Image.fromarray((20 * labels).astype(np.uint8)).convert('RGB')
+    image_file = with_orientation(image, turn, tmp_path / 'image.png')
+    label_map = Image.fromarray(labels.astype(np.uint8))
+    map_file = tmp_path / 'map.png'
+    upright = decode_image(image_file)
+    if stored == 'upright':
+        if upright.size == image.size and turn > 1:
+            return  # it cannot be told from a map of the stored pixels, which it is taken for
+        Image.fromarray(np.array(upright)[..., 0] // 20).save(map_file)
+    else:
+        with_orientation(label_map, turn if 'own' in stored else 1, map_file)
+    pixels, found = read_pair(image_file, map_file, 120, 5)  # a multiple of both sides
+    flat = Image.fromarray(np.array(upright)).resize((120, 120), Image.Resampling.NEAREST)
+    assert np.array_equal(found.numpy(), np.array(flat)[..., 0] // 20)
+    assert (pixels[0].float() / 20 - found).abs().median() < 0.05
+
+
+@pytest.mark.parametrize(
+    'form', ['P', 'P with transparency', '1', 'L', 'I;16', 'grey of 2 bits', 'grey of 4 bits']
+)
+def test_label_maps_of_every_kind(tmp_path, form):
+    "The numbers of a map are its labels, whatever its palette and its number of bits."
+    largest = {'1': 1, 'grey of 2 bits': 3}.get(form, 15)
+    labels = np.arange(64).reshape(8, 8) % (largest + 1)
+    file = tmp_path / 'map.png'
+    if form.startswith('grey'):
+        write_grey_png(file, labels, 2 if '2' in form else 4)
+    elif form == '1':
+        Image.fromarray(labels.astype(bool)).save(file)
+    elif form.startswith('P'):
+        image = Image.fromarray(labels.astype(np.uint8))
+        image.putpalette([255, 0, 7] * 16)  # all colours alike, and only 16 of them
+        image.save(file, **(dict(transparency=3) if 'transparency' in form else {}))
+    else:
+        Image.fromarray(labels.astype({'L': np.uint8, 'I;16': np.uint16}[form])).save(file)
+    assert np.array_equal(np.array(read_label_map(file, largest + 1)), labels)
+
+
+def write_grey_png(file, labels, bits):
+    "A grey PNG file of 2 or 4 bits a pixel, which Pillow does not write."
+
+    def chunk(kind, content):
+        return (
+            struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+        )
+
+    shifts = np.arange(8 - bits, -1, -bits)
+    packed = (labels.reshape(len(labels), -1, len(shifts)) << shifts).sum(-1).astype(np.uint8)
+    rows = b''.join(b'\0' + row.tobytes() for row in packed)
+    header = struct.pack('>IIBBBBB', labels.shape[1], len(labels), bits, 0, 0, 0, 0)
+    chunks = [(b'IHDR', header), (b'IDAT', zlib.compress(rows)), (b'IEND', b'')]
+    file.write_bytes(b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*one) for one in chunks))
+
+
+def test_a_16_bit_map_with_a_number_that_is_no_class(tmp_path):
+    Image.fromarray(np.full((4, 4), 300, np.uint16)).save(tmp_path / 'map.png')
+    assert 'holds the number 300; its classes are 0 to 4' in refusal(read_label_map, tmp_path / 'map.png', 5)
+
+
+@pytest.mark.parametrize('make', [make_voc, make_ade])
+def test_hidden_files_are_no_pairs(tmp_path, make):
+    root = make(tmp_path / 'set')
+    expected = list_pairs(root, 'train')
+    for folder in [f for f in root.rglob('*') if f.is_dir()]:
+        (folder / '.ipynb_checkpoints').mkdir()
+        for name in ('._0.png', '._a.0.jpg', '._train.txt', '.DS_Store'):
+            (folder / name).write_bytes(b'no image')
+    (root / '.ipynb_checkpoints').mkdir()
+    make(root / '.ipynb_checkpoints' / 'copy')
+    assert list_pairs(root, 'train') == expected
+    assert list_pairs(tmp_path, 'train') == expected
+    assert '._' not in refusal(list_pairs, root, 'night') and '.ipynb' not in refusal(
+        list_pairs, root, 'night'
+    )
