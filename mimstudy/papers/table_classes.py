@@ -9,6 +9,7 @@ __all__ = ['PROBES', 'FEATURES', 'Column', 'Row', 'Table', 'declared_table']
 from dataclasses import dataclass, field
 
 from ..core.errors import check_name
+from ..engine.training_config import PretrainConfig
 
 # %% ../../nbs/papers/25_table_classes.ipynb #39da8251
 PROBES = ('linear', 'knn')  # protocols that read a frozen encoder; all others train further
@@ -54,7 +55,7 @@ class Row:
 
     name: str  # unique in its table, without blanks
     label: str  # name on a page
-    config: str  # one of `PRETRAININGS`
+    config: str | PretrainConfig  # one of `PRETRAININGS`; a table of one's own may bring its own
     change: dict = field(default_factory=dict)  # as for `PretrainConfig.but`
     paper: dict = field(default_factory=dict)  # column name -> the paper's number
     baseline: str = ''  # the row it is compared with; '' for none
@@ -76,6 +77,8 @@ class Table:
     digits: int = 1  # decimals of the paper's numbers
     note: str = ''  # what a reader has to know
     downstream: dict = field(default_factory=dict)  # protocol that trains further -> one of `DOWNSTREAM`
+    file: str = field(default='', repr=False)  # 'FILE.py:NAME' of a table of one's own; '' for a declared one
+    change: dict = field(default_factory=dict, repr=False)  # values of free play; see `free_config`
 
     def row(self, name: str) -> Row:
         "The row of this name; a `StudyError` lists similar ones."
