@@ -9,7 +9,7 @@ __all__ = ['PROTOCOLS', 'DOWNSTREAM_TASKS', 'evaluate']
 from collections.abc import Iterable
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from ..core.errors import check_name
 from ..engine.datasets import ImageDataset
@@ -27,7 +27,7 @@ DOWNSTREAM_TASKS = {'finetune': FineTune, 'segment': Segmenter, 'upernet': UperN
 # %% ../../nbs/evaluate/catalogue.ipynb #6af18949
 def evaluate(
     protocols: Iterable[str],  # names in `PROTOCOLS`; an unknown one is a `StudyError`
-    encoder: VisionTransformer | None,  # the encoder to evaluate; None for raw pixels
+    encoder: nn.Module | None,  # any timm vision transformer; None for raw pixels
     train: ImageDataset,  # labelled images to fit on
     val: ImageDataset,  # labelled images to score on
     device: torch.device | str,  # where to compute

@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.errors import check_name
 from ..engine.datasets import ImageDataset
 from ..engine.segmentation_data import IGNORE_LABEL
-from ..parts.encoder import Encoder, block_features
+from ..parts.encoder import block_features, patch_grid
 from ..parts.views import normalise, resize_only
 
 # %% ../../nbs/evaluate/features.ipynb #bbc0fb0d
@@ -45,8 +44,18 @@ def evaluation_mode(
             part.training = mode
 
 # %% ../../nbs/evaluate/features.ipynb #4cd73240
+def _pooled(blocks):
+    "The mean tokens (B,D) of each kind and block; no entry for prefix tokens that a block does not have."
+    means = {}
+    for block, (prefix, patches) in enumerate(blocks, start=1):
+        if prefix.shape[1]:
+            means[block, 'prefix'] = prefix.mean(1)
+        means[block, 'patch'] = patches.mean(1)
+    return means
+
+
 def extract_features(
-    encoder: VisionTransformer,  # any timm vision transformer; moved to `device`
+    encoder: nn.Module,  # any timm vision transformer; moved to `device`
     images: ImageDataset,  # n labelled images
     device: torch.device | str,  # where to compute, and where the features stay
     batch: int = 256,  # images at a time; changes only the memory that is needed
@@ -62,24 +71,19 @@ def extract_features(
         encoder.train(check_name(frozen, ('eval', 'train'), 'mode of the frozen blocks') == 'train')
         for x, y in images.batches(torch.arange(len(images)).split(batch)):
             blocks = block_features(encoder, normalise(resize_only(x.to(device), size), statistics))
-            pooled = [torch.stack([prefix.mean(1), patches.mean(1)]) for prefix, patches in blocks]
-            means.append(torch.stack(pooled))
+            means.append(_pooled(blocks))
             labels.append(y)
-    means = torch.cat(means, 2)  # (blocks,2,n,D)
-    table = {}
-    for block, (prefix, patch) in enumerate(means, start=1):
-        table[block, 'prefix'] = prefix
-        table[block, 'patch'] = patch
+    table = {entry: torch.cat([part[entry] for part in means]) for entry in means[0]}
     return Features(table, torch.cat(labels).to(device), list(images.classes))
 
 # %% ../../nbs/evaluate/features.ipynb #481f6c7c
 def patch_maps(
-    encoder: Encoder,
+    encoder: nn.Module,  # any timm vision transformer
     x: Tensor,  # (B,3,S,S) normalised images
 ) -> list[Tensor]:  # per block (B,D,gh,gw)
     "The patch tokens of every block, at their positions in the image."
-    blocks = block_features(encoder, x)
-    return [patches.transpose(1, 2).unflatten(2, encoder.grid) for _, patches in blocks]
+    grid = patch_grid(encoder, x)
+    return [patches.transpose(1, 2).unflatten(2, grid) for _, patches in block_features(encoder, x)]
 
 # %% ../../nbs/evaluate/features.ipynb #79745bcf
 def raw_pixels(

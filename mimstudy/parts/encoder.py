@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['INITS', 'Init', 'init_blocks', 'init_encoder', 'PatchProjection', 'TokenInterface', 'check_shape', 'set_mlp_drops',
-           'Encoder', 'block_features']
+           'Encoder', 'patch_side', 'patch_grid', 'block_features']
 
 # %% ../../nbs/parts/10_encoder.ipynb #df90f184
 import math
 from collections.abc import Callable
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -255,10 +256,44 @@ class Encoder(TokenInterface, VisionTransformer):
         return self.norm(self.blocks(z))
 
 # %% ../../nbs/parts/10_encoder.ipynb #c6cb2424
+def patch_side(
+    encoder: nn.Module,  # any timm vision transformer
+) -> int:
+    "Side of a patch in pixels."
+    return encoder.patch_embed.img_size[0] // encoder.patch_embed.grid_size[0]
+
+
+def patch_grid(
+    encoder: nn.Module,  # any timm vision transformer
+    x: Tensor,  # (B,3,h,w) images
+) -> tuple[int, int]:  # patches down and across
+    "The grid of patches of images; a `StudyError` for images that the encoder cannot take."
+    embed = encoder.patch_embed
+    high, wide = x.shape[-2:]
+    side = patch_side(encoder)
+    if high % side or wide % side:
+        raise StudyError(
+            f'images of {high} x {wide} px cannot be cut into patches of {side} px; '
+            f'choose sides that {side} divides'
+        )
+    if embed.strict_img_size and (high, wide) != tuple(embed.img_size):
+        raise StudyError(
+            f'this encoder takes images of {embed.img_size[0]} x {embed.img_size[1]} px, '
+            f'not {high} x {wide}; open it for another size, or resize the images'
+        )
+    return tuple(embed.dynamic_feat_size((high, wide)))
+
+
 def block_features(
-    encoder: VisionTransformer,  # any timm vision transformer
+    encoder: nn.Module,  # any timm vision transformer
     x: Tensor,  # (B,3,S,S) normalised images
-) -> list[tuple[Tensor, Tensor]]:  # per block: prefix tokens (B,P,D) and patch tokens (B,N,D)
+) -> list[tuple[Tensor, Tensor]]:  # per block: prefix tokens (B,P,D), P can be 0, and patch tokens (B,N,D)
     "The output of every block, before the final norm, from one forward pass."
-    _, blocks = encoder.forward_intermediates(x, norm=False, output_fmt='NLC', return_prefix_tokens=True)
-    return [(prefix, patches) for patches, prefix in blocks]
+    patch_grid(encoder, x)
+    options = dict(norm=False, output_fmt='NLC')
+    takes = signature(encoder.forward_intermediates).parameters
+    if encoder.num_prefix_tokens and 'return_prefix_tokens' in takes:
+        options['return_prefix_tokens'] = True
+    _, blocks = encoder.forward_intermediates(x, **options)
+    pairs = [block if isinstance(block, tuple) else (block, block[:, :0]) for block in blocks]
+    return [(prefix, patches) for patches, prefix in pairs]

@@ -124,14 +124,24 @@ def test_batch_norm_uses_its_running_statistics_and_does_not_change_them():
 
 
 @pytest.mark.parametrize(
-    'name', ['vit_tiny_patch16_224', 'vit_small_patch16_dinov3', 'beit_base_patch16_224']
+    'name, tokens',
+    [
+        ('vit_tiny_patch16_224', {'prefix', 'patch'}),
+        ('vit_small_patch16_dinov3', {'prefix', 'patch'}),
+        ('beit_base_patch16_224', {'prefix', 'patch'}),
+        ('deit_tiny_distilled_patch16_224', {'prefix', 'patch'}),
+        ('vit_base_patch16_siglip_224', {'patch'}),
+        ('vit_relpos_small_patch16_224', {'patch'}),
+        ('cait_xxs24_224', {'patch'}),
+    ],
 )
-def test_other_encoders_of_timm_have_features(name):
+def test_other_encoders_of_timm_have_features_and_scores(name, tokens):
     encoder = timm.create_model(name, img_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=0)
-    table = extract_features(encoder, make_set(6), 'cpu').table
-    assert set(table) == {(l, t) for l in (1, 2) for t in ('prefix', 'patch')} and table[
-        2, 'patch'
-    ].shape == (6, 48)
+    images = make_set(24)
+    table = extract_features(encoder, images, 'cpu').table
+    assert set(table) == {(l, t) for l in (1, 2) for t in tokens}
+    assert all(t.shape == (24, 48) and t.isfinite().all() for t in table.values())
+    assert {f'knn/best/{t}' for t in tokens} <= evaluate(['knn'], encoder, images, images, 'cpu').keys()
 
 
 def test_images_of_another_side_are_resized():
