@@ -48,8 +48,9 @@ PRECISIONS = ('auto', 'no', 'bf16', 'fp16')
 class Settings:
     "The values of `settings.ini`, after environment variables were applied."
 
-    results: Path  # folder of records, tables and run folders
-    figures: Path  # folder of the figures that result pages show
+    results: Path  # folder into which runs write records, tables and checkpoints
+    figures: Path  # folder of the figures of the published pages
+    published: Path | None = None  # folder of records that git tracks; runs only read it
     device: str = 'auto'  # one of `DEVICES`
     precision: str = 'auto'  # one of `PRECISIONS`
     workers: int = 2  # processes that decode the images of large datasets
@@ -137,10 +138,12 @@ def settings(
     file = Path(file) if file else settings_file()
     ini = _read_ini(file)
     _check_names(ini, file)
+    published = _value(ini, 'published', '')
     return Settings(
         workers=_workers(ini, file),
         results=_absolute(file, _value(ini, 'results', 'results')),
         figures=_absolute(file, _value(ini, 'figures', 'figures')),
+        published=_absolute(file, published) if published else None,
         data=_absolute(file, _value(ini, 'data', 'data')),
         device=_choice(ini, file, 'device', DEVICES),
         precision=_choice(ini, file, 'precision', PRECISIONS),

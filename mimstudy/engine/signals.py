@@ -10,9 +10,6 @@ import signal
 import threading
 from contextlib import suppress
 
-import torch
-from accelerate import Accelerator
-
 # %% ../../nbs/engine/35_signals.ipynb #41d04c4a
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, 'SIGHUP'):  # Windows has none
@@ -53,11 +50,13 @@ class StopSignal:
 # %% ../../nbs/engine/35_signals.ipynb #e53bf93c
 def share_stop(
     stop: StopSignal,  # of this process; gets the signals of the others
-    accelerator: Accelerator,  # connects the processes
+    accelerator,  # Accelerate's `Accelerator`, which connects the processes
 ) -> None:
     "Share among all processes whether any of them has received a signal."
     if accelerator.num_processes == 1:
         return
+    import torch  # here, so that the command line can read `STOP_SIGNALS` without it
+
     stopped = torch.tensor(float(stop.received is not None), device=accelerator.device)
     if accelerator.reduce(stopped, 'sum').item() > 0:
         stop.received = stop.received or signal.SIGTERM

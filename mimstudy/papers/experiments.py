@@ -15,6 +15,7 @@ from ..engine.config import Config, short_hash
 from ..engine.training_config import DownstreamConfig, PretrainConfig, changed
 from .downstream import downstream_config
 from ..methods.catalogue import method_options
+from .own_tables import find_table, free_config, free_play
 from .pretraining import pretraining
 from .scales import SCALES, at_scale, scale_downstream
 from .table_classes import PROBES, Table
@@ -74,10 +75,17 @@ class Experiment:
     seed: int
     protocols: tuple[str, ...]  # by which it is evaluated
     downstream: dict = field(default_factory=dict)  # of the table and the row
+    file: str = ''  # 'FILE.py:NAME' of a table of one's own
+    change: dict = field(default_factory=dict)  # values of free play
 
     @property
     def name(self) -> str:
         return f'{self.table}/{self.row}'
+
+    @property
+    def reference(self) -> str:
+        "What `experiment` finds this row by: its name, or the file of its table and the name of the row."
+        return f'{self.file or self.table}/{self.row}'
 
     @property
     def values(self) -> dict:
@@ -132,8 +140,11 @@ def table_experiment(
     requested = tuple(check_name(p, table.protocols, what) for p in dict.fromkeys(protocols or table.probes))
     if row.features == 'pixels':
         requested = tuple(protocol for protocol in requested if protocol in PROBES)
-    config = at_scale(pretraining(row.config).but(**row.change), scale, dataset)
+    published = row.config if isinstance(row.config, PretrainConfig) else pretraining(row.config)
+    config = at_scale(published.but(**row.change), scale, dataset)
     config = changed(config, f'row {row.name}', **row.after_scale)
+    if table.change:
+        config = free_config(config, table.change)
     return Experiment(
         table.name,
         row.name,
@@ -145,21 +156,24 @@ def table_experiment(
         seed,
         requested,
         table.downstream | row.downstream,
+        table.file,
+        table.change,
     )
 
 
 def experiment(
-    name: str,  # 'semanticmim-t1/beit': a table and one of its rows
+    name: str,  # 'semanticmim-t1/beit', 'FILE.py:NAME/beit': a table and one of its rows
     scale: str,  # one of `SCALES`
     dataset: str = '',  # the scale's own by default
     seed: int = 0,
     protocols: tuple = (),  # of the table; its probes by default
+    change: dict | None = None,  # values of free play
 ) -> Experiment:
-    "The declared experiment of this name; an unknown name is a `StudyError` that lists similar ones."
-    table, _, row = name.partition('/')
-    if not row:
+    "The experiment of this name; an unknown name is a `StudyError` that lists similar ones."
+    table, _, row = name.rpartition('/')
+    if not table or not row:
         check_name(name, [f'{t.name}/{r.name}' for t in TABLES.values() for r in t.measured], 'experiment')
-    table = TABLES[check_name(table, TABLES, 'table')]
+    table = free_play(find_table(table), change or {})
     table.row(row)
     check_name(scale, SCALES, 'scale')
     return table_experiment(table, row, scale, dataset, seed, protocols)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCENES_SMOKE', 'SCENES_LAPTOP', 'SCENES_GPU', 'SMOKE', 'LAPTOP', 'SCENES_EVENING', 'EVENING', 'GPU', 'SCALES',
-           'LEFT_AT_END', 'PUBLISHED_MOMENTUM', 'SMALL_WIDTH', 'PAPER_WIDTH', 'DatasetScale', 'Scale',
+           'LEFT_AT_END', 'PUBLISHED_MOMENTUM', 'SMALL_WIDTH', 'PAPER_WIDTH', 'DatasetScale', 'Scale', 'scaled_optim',
            'scaled_momentum', 'training_steps', 'apply_scale', 'at_scale', 'scale_downstream']
 
 # %% ../../nbs/papers/05_scales.ipynb #2aac04f3
@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from ..core.errors import check_name
+from ..engine.config import OptimConfig
 from ..engine.training_config import DownstreamConfig, PretrainConfig, changed
 
 # %% ../../nbs/papers/05_scales.ipynb #0dac885e
@@ -149,8 +150,11 @@ def _rounded(value):
     return float(f'{value:.6g}')
 
 
-def _scaled_optim(optim, values):
-    "The values of an optimiser with other epochs, batch and peak learning rate."
+def scaled_optim(
+    optim: OptimConfig,  # the present values
+    values: dict,  # new epochs or batch; with 'lr', also the peak learning rate
+) -> dict:  # values of `OptimConfig`
+    "An optimiser with other epochs and batch: its rates follow the batch, its warm-up the epochs."
     values = dict(values)
     batch = values.get('batch', optim.batch)
     epochs = values.get('epochs', optim.epochs)
@@ -220,7 +224,7 @@ def apply_scale(
     optim = dict(level.optim, epochs=chosen.epochs or level.optim['epochs'])
     change = dict(
         encoder=encoder,
-        optim=_scaled_optim(config.optim, optim),
+        optim=scaled_optim(config.optim, optim),
         data=_scaled_data(config, level, dataset, size, encoder['patch']),
     )
     if 'momentum' in config.options:
@@ -277,6 +281,6 @@ def scale_downstream(
     scenes = dict(dataset='scenes', per_class=level.datasets['scenes'].per_class)
     crop = (max(config.data.crop[0], level.crop_min), config.data.crop[1])
     new = dict(own_images or scenes, size=data.size, crop=crop)
-    optim = _scaled_optim(config.optim, level.downstream[config.task])
+    optim = scaled_optim(config.optim, level.downstream[config.task])
     options = _scaled_options(config, pretraining)
     return changed(config, f'scale {scale}', data=new, optim=optim, options=options)

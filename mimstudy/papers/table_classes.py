@@ -9,6 +9,7 @@ __all__ = ['PROBES', 'FEATURES', 'Column', 'Row', 'Table', 'declared_table']
 from dataclasses import dataclass, field
 
 from ..core.errors import check_name
+from ..engine.training_config import PretrainConfig
 
 # %% ../../nbs/papers/25_table_classes.ipynb #39da8251
 PROBES = ('linear', 'knn')  # protocols that read a frozen encoder; all others train further
@@ -53,7 +54,7 @@ class Row:
 
     name: str  # unique in its table, without blanks
     label: str  # name on a page
-    config: str  # one of `PRETRAININGS`; '' if only the paper has this row
+    config: str | PretrainConfig  # one of `PRETRAININGS`; '' if only the paper has this row
     change: dict = field(default_factory=dict)  # as for `PretrainConfig.but`
     paper: dict = field(default_factory=dict)  # column name -> the paper's number
     baseline: str = ''  # the row it is compared with; '' for none
@@ -79,6 +80,8 @@ class Table:
     note: str = ''  # what a reader has to know
     downstream: dict = field(default_factory=dict)  # protocol that trains further -> one of `DOWNSTREAM`
     axis: str = ''  # what the rows sweep, with its unit; '' if they are no sweep
+    file: str = field(default='', repr=False)  # 'FILE.py:NAME' of a table of one's own; '' for a declared one
+    change: dict = field(default_factory=dict, repr=False)  # values of free play; see `free_config`
 
     def row(self, name: str) -> Row:
         "The row of this name; a `StudyError` lists similar ones."

@@ -174,13 +174,14 @@ def write_figures(
     store: RecordStore,
     folder: Path,  # where the figures go
     found: list[tuple[str, str, str]],  # tables, scales and datasets that have records
+    tables: dict[str, Table] = TABLES,  # by name
 ) -> list[Path]:
     "Draw the scores of every table, and Figure 7 where its encoders are here; the files that were written."
     written = []
     for name, scale, dataset in found:
         if scale == 'smoke':
             continue
-        figures = {name: table_figure(TABLES[name], table_records(TABLES[name], store, scale, dataset))}
+        figures = {name: table_figure(tables[name], table_records(tables[name], store, scale, dataset))}
         if name == 'semanticmim-t1':
             figures['semanticmim-fig7'] = semanticmim_figure_7(store, scale, dataset)
         for what, figure in figures.items():

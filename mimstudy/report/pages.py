@@ -36,12 +36,16 @@ from ..study.records import RecordStore
 # %% ../../nbs/report/40_pages.ipynb #036e0ef6
 def pages(
     store: RecordStore,
+    tables: dict[str, Table] = TABLES,  # by name
 ) -> list[tuple[str, str, str]]:  # table, scale, dataset
-    "The pages for which there are records: tables as declared, the largest scale first."
-    tables, scales = list(TABLES), list(SCALES)
-    found = {(record['table'], record['scale'], record['dataset']) for record in store.find()}
-    declared = [page for page in found if page[0] in TABLES]
-    return sorted(declared, key=lambda page: (tables.index(page[0]), -scales.index(page[1]), page[2]))
+    "The pages for which there are records: tables as declared, the largest scale first; no free play."
+    order, scales = list(tables), list(SCALES)
+    found = set()
+    for one in store.find():
+        table = tables.get(one['table'])
+        if table and table.change == one.get('change', {}):
+            found.add((table.name, one['scale'], one['dataset']))
+    return sorted(found, key=lambda page: (order.index(page[0]), -scales.index(page[1]), page[2]))
 
 
 def page(
@@ -73,12 +77,13 @@ def page_name(table: str, scale: str, dataset: str) -> str:
 def write_tables(
     store: RecordStore,
     folder: Path | str = '',  # the folder tables of the results by default
+    tables: dict[str, Table] = TABLES,  # by name
 ) -> list[Path]:
     "Write a page for every table, scale and dataset that has records."
     folder = Path(folder or store.root / 'tables')
     written = []
-    for name, scale, dataset in pages(store):
-        text = page(TABLES[name], table_records(TABLES[name], store, scale, dataset))
+    for name, scale, dataset in pages(store, tables):
+        text = page(tables[name], table_records(tables[name], store, scale, dataset))
         file = folder / page_name(name, scale, dataset)
         written.append(write_atomic(file, lambda path, text=text: path.write_text(text, 'utf-8')))
     return written

@@ -20,9 +20,9 @@ from ..core.errors import StudyError
 from ..core.settings import resolve_device, settings
 from ..engine.files import report_write_errors
 from ..papers.experiments import Experiment, slug
-from ..papers.tables import TABLES
+from ..papers.own_tables import change_text, find_table
 from .changed_images import is_done
-from .plan import Step, check_datasets, title
+from .plan import FINISHED, Step, check_datasets, title
 from .processes import ProcessGroup, child_environment, execute, run_notebook
 from .progress import ProgressDisplay
 from .records import RecordStore
@@ -53,7 +53,7 @@ def row_folder(
 ):  # a path
     "The folder of an executed notebook; other protocols than the table's probes get their own."
     name = experiment.id
-    if experiment.protocols != TABLES[experiment.table].probes:
+    if experiment.protocols != find_table(experiment.file or experiment.table).probes:
         name += f'-{slug(" ".join(experiment.protocols))}'
     return store.root / 'runs' / name
 
@@ -72,12 +72,13 @@ def run_row(
         if is_done(experiment, run.store):
             return None
         parameters = dict(
-            experiment=experiment.name,
+            experiment=experiment.reference,
             scale=experiment.scale,
             dataset=experiment.dataset,
             seed=experiment.seed,
             out=str(run.store.root.resolve()),
             protocols=' '.join(experiment.protocols),
+            change=change_text(experiment.change),
         )
         trainings = number_of_trainings(experiment)
 
@@ -151,7 +152,7 @@ def run(
 ) -> list[Failure]:  # empty if all rows reached their end
     "Run what is not done, each row in a process of its own; an interrupt stops them all."
     store = store or RecordStore()
-    experiments = [step.experiment for step in steps if step.status != 'done']
+    experiments = [step.experiment for step in steps if step.status not in FINISHED]
     resolve_device(settings().device)  # raises before any process is started
     check_datasets(dict.fromkeys(config.data.dataset for one in experiments for config in one.configs))
     display = ProgressDisplay(len(experiments))

@@ -6,14 +6,17 @@ import subprocess
 import sys
 
 import pytest
+from invented_records import invented_record
 from typer.testing import CliRunner
 
-from mimstudy.cli.commands import app, summary, typed_path
+from mimstudy.cli.commands import app
 from mimstudy.cli.listing import LISTS
 from mimstudy.cli.options import repeat_flags
+from mimstudy.cli.summaries import summary, typed_path
+from mimstudy.papers.experiments import experiment
 from mimstudy.papers.tables import SEMANTICMIM_T1, TABLES
 from mimstudy.study.plan import plan
-from mimstudy.study.records import RecordStore
+from mimstudy.study.records import RecordStore, record
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # for child processes: many threads on busy cores are slow
 
@@ -258,6 +261,80 @@ def test_every_failed_row_is_named(tmp_path, monkeypatch):
     errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
     names = sorted(line.split(' seed 0: ')[0] for line in errors)
     assert names == ['error: pixels', 'error: random']
+
+
+# -- the records that git tracks, and free play ---------------------------------------------------
+
+
+@pytest.fixture
+def two_folders(tmp_path, monkeypatch):
+    "A folder for runs, and one of published records with the raw pixels of a table."
+    monkeypatch.setenv('MIMSTUDY_RESULTS', str(tmp_path / 'local'))
+    monkeypatch.setenv('MIMSTUDY_PUBLISHED', str(tmp_path / 'tracked'))
+    RecordStore(tmp_path / 'tracked').add(invented_record('semanticmim-t1/pixels', scale='smoke'))
+    return tmp_path
+
+
+def files_below(folder):
+    return {file: file.read_bytes() for file in folder.rglob('*') if file.is_file()}
+
+
+def test_published_scores_are_said_to_be_that(two_folders):
+    before = files_below(two_folders / 'tracked')
+    done = mimstudy('run semanticmim-t1 --rows pixels --scale smoke')
+    assert done.exit_code == 0, done.output
+    assert '1 published' in done.stderr
+    assert 'nothing is trained for them here' in done.stderr and '--results DIR' in done.stderr
+    mimstudy('report')
+    assert files_below(two_folders / 'tracked') == before, 'a run and a report leave what git tracks alone'
+    again = mimstudy(
+        'run semanticmim-t1 --rows pixels --scale smoke --dry-run', '--results', two_folders / 'x'
+    )
+    assert '1 missing' in again.stderr and 'published' not in again.output
+
+
+def test_publish_copies_records_of_a_table(two_folders):
+    one = invented_record('semanticmim-t1/random')
+    RecordStore(two_folders / 'local').add(one)
+    done = mimstudy('publish semanticmim-t1')
+    assert '1 records copied' in done.stdout
+    assert len(RecordStore(two_folders / 'tracked').find()) == 2
+    assert_one_line_error(mimstudy('publish nothing-here'), 'no encoder in the run')
+
+
+def test_free_play_is_not_what_is_declared(tmp_path):
+    words = 'run semanticmim-t1 --scale smoke --rows beit pixels --epochs 1 --size 16 --dry-run'
+    (tmp_path / 'scores').mkdir()
+    RecordStore(tmp_path).add(invented_record('semanticmim-t1/pixels', scale='smoke'))
+    done = mimstudy(words, '--results', tmp_path)
+    assert done.stderr.strip() == 'semanticmim-t1 at smoke scale on scenes with epochs=1, size=16: 2 missing'
+    assert mimstudy('run semanticmim-t1 --epochs 0').exit_code == 2
+    assert_one_line_error(mimstudy('run semanticmim-t1 --size 30 --scale smoke'), 'do not tile images')
+
+
+def test_a_table_of_your_own_is_known_to_status_and_report(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'mine.py').write_text(OWN_TABLE)
+    assert mimstudy('status mine.py:MINE --scale smoke --results r').stdout.splitlines() == [
+        'my-table at smoke scale on scenes: 1 missing',
+        '  raw seed 0                       missing',
+    ]
+    dry = mimstudy('run mine.py --scale smoke --dry-run --results r')
+    assert dry.stdout == 'missing    my-table/raw seed 0\n'
+    RecordStore('r').add(
+        record(experiment('mine.py:MINE/raw', 'smoke'), 'linear', {'linear/0/pixels': 9.0}, 64)
+    )
+    assert 'my-table-smoke-scenes.md' in mimstudy('report mine.py:MINE --results r').stdout
+    assert 'my-table' not in mimstudy('report --results r').stdout
+    assert_one_line_error(mimstudy('run mine.py:YOURS'), 'there are: MINE')
+
+
+OWN_TABLE = """
+from mimstudy.papers.table_classes import Row, Table
+from mimstudy.papers.tables import T1_COLUMNS
+
+MINE = Table('my-table', 'Mine', 'nowhere', T1_COLUMNS[:2], (Row('raw', 'raw', 'beit', features='pixels'),))
+"""
 
 
 # -- speed of the first answer ------------------------------------------------------------------

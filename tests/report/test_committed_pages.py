@@ -19,7 +19,7 @@ def texts(files):
 
 def test_pages_come_from_the_records(tmp_path):
     committed = texts((ROOT / 'results' / 'tables').glob('*.md'))
-    assert texts(write_tables(STORE, tmp_path)) == committed, 'run mimstudy report'
+    assert texts(write_tables(STORE, tmp_path)) == committed, 'run mimstudy report --results results'
 
 
 def test_each_measurement_is_committed_once():
@@ -34,4 +34,4 @@ def test_the_readme_shows_the_records():
     start, end = MARKERS
     text = readme.read_text('utf-8')
     results = text.partition(start)[2].partition(end)[0].strip()
-    assert results == readme_block(STORE), 'run mimstudy report'
+    assert results == readme_block(STORE), 'run mimstudy report --results results'

@@ -46,7 +46,7 @@ def test_other_globals_of_a_notebook_are_no_parameters():
         (dict(seed='0'), '"seed" must be a whole number'),
         (dict(seed=0.0), '"seed" must be a whole number'),
         (dict(seed=True), '"seed" must be a whole number'),
-        (dict(seed=-1), '0 or more'),
+        (dict(seed=-1), 'must lie between 0'),
         (dict(seed=None), '"seed" must be a whole number'),
         (dict(experiment=['a']), '"experiment" must be a string'),
         (dict(out=0), '"out" must be a string'),
@@ -177,3 +177,19 @@ def test_a_damaged_log_is_no_error(tmp_path, log, expected):
         (folder / 'log.csv').write_text(log)
     assert status(one, store) == 'resumable'
     assert training_progress(one, store) == expected
+
+
+def test_rows_that_git_tracks_are_published_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv('MIMSTUDY_RESULTS', str(tmp_path / 'local'))
+    monkeypatch.setenv('MIMSTUDY_PUBLISHED', str(tmp_path / 'tracked'))
+    RecordStore(tmp_path / 'tracked').add(invented_record('semanticmim-t1/pixels', scale='smoke'))
+    statuses = {step.experiment.row: step.status for step in plan('semanticmim-t1', scale='smoke')}
+    assert statuses.pop('pixels') == 'published' and set(statuses.values()) == {'missing'}
+    (step,) = plan('semanticmim-t1', ['pixels'], 'smoke', store=RecordStore(tmp_path / 'local'))
+    assert step.status == 'missing', 'a folder that is named holds what it holds'
+
+
+@pytest.mark.parametrize('seed', [-1, 2**32, 12345678901234567890])
+def test_a_seed_that_generators_do_not_take_is_one_line(seed):
+    with pytest.raises(StudyError, match='a seed must lie between 0 and 4294967295'):
+        plan('semanticmim-t1', ['pixels'], 'smoke', seeds=[seed])

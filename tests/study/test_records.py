@@ -20,6 +20,7 @@ from mimstudy.study import records
 from mimstudy.study.build import build_encoder
 from mimstudy.study.encoder_files import save_encoder
 from mimstudy.study.records import FIELDS, RecordStore, read_record
+from mimstudy.study.records import record as new_record
 
 RESULTS = Path(__file__).resolve().parents[2] / 'results'
 
@@ -146,7 +147,7 @@ def test_a_published_encoder_is_found_without_its_run(tmp_path):
         store.encoder(one.train_id)
     run = store.run_folder(one.train_id)
     save_encoder(encoder, run, one.values)
-    file = store.publish(one.train_id)
+    file = store.publish_encoder(one.train_id, store)
     assert file.is_relative_to(tmp_path / 'encoders') and file.stat().st_size < 2**18
     shutil.rmtree(run)
     assert store.encoder(one.train_id).config == encoder.config
@@ -203,3 +204,47 @@ def test_a_record_is_read_once_and_again_after_a_change(tmp_path, monkeypatch):
     file.write_text(json.dumps(hostile(seed=7)))
     os.utime(file, ns=(1, 1))
     assert [one['seed'] for one in store.find()] == [7] and len(calls) == 2
+
+
+# -- what git tracks ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_folders(tmp_path, monkeypatch):
+    "The results of this machine and those that git tracks, as the settings name them."
+    monkeypatch.setenv('MIMSTUDY_RESULTS', str(tmp_path / 'local'))
+    monkeypatch.setenv('MIMSTUDY_PUBLISHED', str(tmp_path / 'tracked'))
+    return RecordStore(), RecordStore(tmp_path / 'tracked')
+
+
+def test_published_records_are_found_and_never_written(two_folders):
+    own, tracked = two_folders
+    first = invented_record('semanticmim-t1/beit', scale='smoke', linear_1_patch=1.0)
+    tracked.add(first)
+    assert own.find() == [first] and not own.done(experiment('semanticmim-t1/beit', 'smoke'))
+    changed = first | dict(scores={'linear/1/patch': 2.0})
+    own.add(changed)
+    assert own.find() == [changed], 'a record of this machine replaces the published one'
+    assert tracked.find() == [first], 'and the published one is as it was'
+    assert RecordStore(own.root).find() == [changed] and RecordStore(own.root).published is None
+
+
+def test_publishing_copies_the_records_of_this_machine(two_folders):
+    own, tracked = two_folders
+    records = [invented_record(f'semanticmim-t1/{row}', linear_1_patch=1.0) for row in ('beit', 'random')]
+    tracked.add(records[0])
+    own.add(records[1])
+    assert [file.stem for file in own.publish_records('semanticmim-t1', tracked)] == [records[1]['id']]
+    assert own.publish_records('conmim-t8', tracked) == []
+    assert sorted(r['id'] for r in tracked.find()) == sorted(r['id'] for r in records)
+
+
+def test_free_play_has_a_folder_for_each_set_of_values(tmp_path):
+    store = RecordStore(tmp_path)
+    change = dict(epochs=1, size=32)
+    assert store.free({}) is store and store.free(change).root == tmp_path / 'free' / 'epochs=1+size=32'
+    tried = experiment('semanticmim-t1/beit', 'smoke', change=change)
+    one = new_record(tried, 'linear', {}, n_val=1)
+    store.free(change).add(one)
+    assert one['change'] == change and store.find() == [] and store.free(change).find() == [one]
+    assert 'change' not in new_record(experiment('semanticmim-t1/beit', 'smoke'), 'linear', {}, n_val=1)
