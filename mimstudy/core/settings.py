@@ -56,6 +56,7 @@ class Settings:
     workers: int = 2  # processes that decode the images of large datasets
     data: Path = Path('data')  # folder that holds datasets by name
     dataset_paths: dict[str, Path] = field(default_factory=dict)  # dataset name -> folder or archive
+    slurm: dict[str, str | int] = field(default_factory=dict)  # what a job of a cluster may use
 
 # %% ../../nbs/core/20_settings.ipynb #ea4dfa62
 def _read_ini(file):
@@ -72,9 +73,9 @@ def _read_ini(file):
 def _check_names(ini, file):
     "Raise a `StudyError` for an unknown section, or an unknown key of [study]."
     for section in ini.sections():
-        check_name(section, ('study', 'data'), f'section of {file.name}')
+        check_name(section, ('study', 'data', 'slurm'), f'section of {file.name}')
     if ini.has_section('study'):
-        keys = [f.name for f in fields(Settings) if f.name != 'dataset_paths']
+        keys = [f.name for f in fields(Settings) if f.name not in ('dataset_paths', 'slurm')]
         for key in ini['study']:
             check_name(key, keys, f'key of {file.name} [study]')
 
@@ -127,6 +128,12 @@ def _dataset_paths(ini, file):
             paths[name] = path
     return {name: _absolute(file, path) for name, path in paths.items()}
 
+
+def _slurm(ini):
+    "The section [slurm]; whole numbers as numbers."
+    pairs = ini.items('slurm') if ini.has_section('slurm') else ()
+    return {key: int(value) if value.isdecimal() else value for key, value in pairs}
+
 # %% ../../nbs/core/20_settings.ipynb #1ee8107b
 def settings(
     file: Path | str | None = None,  # a settings file; `settings_file()` by default
@@ -148,6 +155,7 @@ def settings(
         device=_choice(ini, file, 'device', DEVICES),
         precision=_choice(ini, file, 'precision', PRECISIONS),
         dataset_paths=_dataset_paths(ini, file),
+        slurm=_slurm(ini),
     )
 
 # %% ../../nbs/core/20_settings.ipynb #ad58c531
