@@ -141,25 +141,29 @@ def show_heatmaps(
     label: str = 'attention',  # what the numbers are, with their unit
     common: bool = True,  # one scale for all panels, or each panel relative to its own maximum
 ) -> NotebookFigure:
-    "Heat maps over grey images, the query patch framed; an image stays coloured where its map is NaN."
+    "Heat maps over grey images, the query framed; coloured images where NaN; signed numbers around white."
     heat = heat.detach().float().cpu().view(-1, *heat.shape[-3:])
     if not common:
         heat = heat / heat.nan_to_num().amax((-2, -1), keepdim=True).clamp(min=1e-12)
         label = f'{label}, relative to the maximum of each panel'
     down, across = heat.shape[:2]
-    scale = Normalize(0, float(heat.nan_to_num().max()))
+    low, high = float(heat.nan_to_num().min()), float(heat.nan_to_num().max())
+    signed = low < 0
+    scale = Normalize(-max(-low, high), max(-low, high)) if signed else Normalize(0, high)
+    colours = 'RdBu_r' if signed else 'inferno'
     shown = _rgb(images.expand(across, *images.shape[-3:]))
     figure, axes = _panels(down, across, 0.25 * (titles is not None), right=0.9, names=rows)
     for r, c in np.ndindex(down, across):
-        _heat_panel(axes[r, c], shown[c], heat[r, c].numpy(), scale, None if queries is None else queries[c])
+        query = None if queries is None else queries[c]
+        _heat_panel(axes[r, c], shown[c], heat[r, c].numpy(), scale, colours, query)
     _label_panels(axes[:1], titles, None)
     _label_panels(axes, None, rows)
-    mappable = plt.cm.ScalarMappable(scale, 'inferno')
+    mappable = plt.cm.ScalarMappable(scale, colours)
     figure.colorbar(mappable, ax=axes, label=label, fraction=0.05, aspect=10 * down + 5, pad=0.01)
     return figure
 
 
-def _heat_panel(panel, image, heat, scale, query):
+def _heat_panel(panel, image, heat, scale, colours, query):
     "One heat map over one image."
     (high, wide), (down, across) = image.shape[:2], heat.shape
     if np.isnan(heat).all():
@@ -167,7 +171,7 @@ def _heat_panel(panel, image, heat, scale, query):
     else:
         panel.imshow(image.mean(-1), cmap='gray', vmin=-160, vmax=255)
         extent = (-0.5, wide - 0.5, high - 0.5, -0.5)
-        panel.imshow(heat, cmap='inferno', norm=scale, alpha=0.6, interpolation='nearest', extent=extent)
+        panel.imshow(heat, cmap=colours, norm=scale, alpha=0.6, interpolation='nearest', extent=extent)
     if query is not None:
         row, column = divmod(query, across)
         _frame(panel, column * wide / across, row * high / down, wide / across, high / down, 'cyan')
