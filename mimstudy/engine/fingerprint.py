@@ -22,9 +22,9 @@ from mimstudy.core.settings import (
     settings,
 )
 from .config import short_hash
-from .datasets import DATASETS, dataset_names
+from .dataset_catalogue import DATASETS, dataset_names
+from .file_tree import IMAGE_SUFFIXES, files_below, is_hidden
 from .hugging_face import HUGGING_FACE, sample_table
-from .image_layout import IMAGE_SUFFIXES, files_below, is_hidden
 from .shards import shard_files
 
 # %% ../../nbs/engine/37_fingerprint.ipynb #9aa2f7f0
