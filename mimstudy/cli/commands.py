@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .dataset_report import show_data
 from .listing import LISTS, list_lines
 from mimstudy.cli.options import (
     Batch,
@@ -69,6 +70,9 @@ def list_names(
     "Show the names that the other commands understand."
     for line in list_lines(what):
         typer.echo(line)
+
+# %% ../../nbs/cli/50_commands.ipynb #1049c63a
+app.command('data')(show_data)
 
 # %% ../../nbs/cli/50_commands.ipynb #30b9df76
 def _refuse_distributed():

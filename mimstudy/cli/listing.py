@@ -6,8 +6,10 @@
 __all__ = ['LISTS', 'list_lines']
 
 # %% ../../nbs/cli/20_listing.ipynb #a34b8644
+import textwrap
+
 from ..core.errors import check_name
-from ..engine.dataset_names import DATASETS, dataset_names
+from ..engine.dataset_catalogue import DATASETS, dataset_names, dataset_state
 from ..methods.catalogue import METHODS, description
 from ..papers.scales import SCALES
 from ..papers.tables import TABLES
@@ -33,8 +35,12 @@ def _methods():
 
 
 def _datasets():
-    notes = {name: info.note for name, info in DATASETS.items()}
-    return [f'{name:24} {notes.get(name, "in the data folder")}' for name in dataset_names()]
+    lines = []
+    for name in dataset_names():
+        note = DATASETS[name].note if name in DATASETS else 'in the data folder or in the settings'
+        text = f'{name:24} {dataset_state(name):9} {note}'
+        lines += textwrap.wrap(text, 80, subsequent_indent=' ' * 35, break_on_hyphens=False)
+    return lines
 
 
 def _scales():

@@ -24,12 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.errors import StudyError
+from .file_tree import is_hidden, is_image_file, join
 from .files import write_atomic
-from .image_layout import find_images, is_hidden, is_image_file, join
+from .image_layout import find_images
 
 # %% ../../nbs/engine/28_archives.ipynb #70e31222
 DAMAGE = (
-    *(OSError, EOFError, RuntimeError, ValueError, NotImplementedError),
+    *(OSError, EOFError, RuntimeError, ValueError),
     *(tarfile.TarError, lzma.LZMAError, zlib.error, zipfile.BadZipFile),
 )  # what is raised for a damaged or encrypted archive
 

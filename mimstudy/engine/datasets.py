@@ -21,7 +21,7 @@ from ..core.errors import StudyError, check_name
 from ..core.scenes import CLASSES, scenes
 from ..core.settings import dataset_path, settings
 from .archives import cache_file, load_cached, save_cached
-from .dataset_names import DATASETS, dataset_names
+from .dataset_catalogue import DATASETS, dataset_names
 from .downloads import fetch_dataset
 from .image_folder import FolderDataset, RandomCrop, decode_image, resize_and_center_crop
 from .image_layout import ImageList, find_split

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..core.errors import StudyError
 from mimstudy.core.settings import (
+    HUGGING_FACE,
     archive_suffix,
     dataset_path,
     dataset_variable,
@@ -22,10 +23,8 @@ from mimstudy.core.settings import (
     settings,
 )
 from .config import short_hash
-from .dataset_names import DATASETS, dataset_names
-from .hugging_face import HUGGING_FACE, sample_table
-from .image_layout import IMAGE_SUFFIXES, files_below, is_hidden
-from .shards import shard_files
+from .dataset_catalogue import DATASETS, dataset_names
+from .file_tree import IMAGE_SUFFIXES, files_below, is_hidden
 
 # %% ../../nbs/engine/37_fingerprint.ipynb #9aa2f7f0
 DATA_SUFFIXES = (*IMAGE_SUFFIXES, '.txt', '.csv', '.tsv', '.mat', '.tar', '.parquet', '.arrow')
@@ -75,9 +74,13 @@ def files_fingerprint(
     "A text that changes when the files of a dataset change; a `StudyError` if they cannot be read."
     try:
         if str(path).startswith(HUGGING_FACE):
+            from mimstudy.engine.hugging_face import sample_table  # here: it imports PyTorch
+
             rows, sample = sample_table(path, SAMPLED_FILES)
             return f'{rows:,} rows, {sha256(sample).hexdigest()[:12]}'
         if is_reference(path):
+            from mimstudy.engine.shards import shard_files  # here: it imports PyTorch
+
             return _of_files(shard_files(path), path.parent)
         return _of_files(files_below(path, _is_data), path) if path.is_dir() else _of_archive(path)
     except OSError as error:

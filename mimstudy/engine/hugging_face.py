@@ -14,13 +14,13 @@ from pathlib import Path
 
 from ..core.errors import StudyError
 from ..core.settings import HUGGING_FACE
+from .file_tree import is_hidden
 from mimstudy.engine.image_layout import (
     NO_CLASSES,
     SPLITS,
     ImageList,
     find_split,
     hold_out_tenth,
-    is_hidden,
     number_classes,
 )
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ..core.settings import is_reference
 from .archives import ArchiveTree
+from .file_tree import FolderTree
 from .hugging_face import HUGGING_FACE, is_table_folder, list_table
-from .image_layout import FolderTree, ImageList, find_images
+from .image_layout import ImageList, find_images
 from .shards import is_shard, list_shards, shard_files
 
 # %% ../../nbs/engine/29_image_sources.ipynb #32032e03

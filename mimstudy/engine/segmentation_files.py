@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core.errors import StudyError
-from .image_layout import find_split, is_hidden, is_image_file
+from .file_tree import is_hidden, is_image_file
+from .image_layout import find_split
 
 # %% ../../nbs/engine/31_segmentation_files.ipynb #7a3ec519
 IGNORE_LABEL = 255  # label of pixels that count neither in the loss nor in the score

@@ -14,15 +14,14 @@ from pathlib import Path
 
 from ..core.errors import StudyError
 from ..core.settings import is_reference
+from .file_tree import files_below, is_image_file
 from .hugging_face import by_class, optional_library, sorted_labels, split_of
 from mimstudy.engine.image_layout import (
     NO_CLASSES,
     SPLITS,
     ImageList,
-    files_below,
     find_split,
     hold_out_tenth,
-    is_image_file,
     number_classes,
 )
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..core.errors import StudyError
-from ..engine.datasets import DATASETS
+from ..engine.dataset_catalogue import DATASETS
 from ..engine.files import lock_folder, write_atomic
 from ..engine.fingerprint import fingerprint
 from ..papers.experiments import Experiment, slug

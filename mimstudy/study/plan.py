@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..core.errors import StudyError, check_name
 from ..core.settings import dataset_path
-from ..engine.dataset_names import DATASETS, dataset_names
+from ..engine.dataset_catalogue import DATASETS, dataset_names
 from ..engine.files import is_finished, is_resumable
 from ..engine.training_log import read_log
 from ..papers.experiments import Experiment, experiment, table_experiment

@@ -38,7 +38,9 @@ def settings_with(tmp_path, monkeypatch, lines):
 
 
 def test_each_row_is_a_job_with_the_time_limit_and_what_the_settings_ask_for(sbatch, tmp_path, monkeypatch):
-    settings_with(tmp_path, monkeypatch, 'slurm_partition = gpu\ngpus_per_node = 1\ncpus_per_task = 8\nmem_gb = 32')
+    settings_with(
+        tmp_path, monkeypatch, 'slurm_partition = gpu\ngpus_per_node = 1\ncpus_per_task = 8\nmem_gb = 32'
+    )
     store = RecordStore(tmp_path / 'results')
     steps = plan('semanticmim-t1', ['beit', 'maskfeat'], 'smoke', store=store)
     submitted = submit(steps, store, hours=1.5)
