@@ -32,6 +32,7 @@ from mimstudy.cli.options import (
     Size,
     TableName,
 )
+from .probing import probe
 from .summaries import heading, show_result, typed_path, write_report
 from ..core.errors import StudyError, check_name
 from ..methods.catalogue import METHODS
@@ -188,6 +189,9 @@ def report(
         typer.echo(typed_path(file))
     if not written:
         typer.echo(f'there are no records below {typed_path(store.root)}; make some with mimstudy run')
+
+# %% ../../nbs/cli/50_commands.ipynb #199e71d4
+app.command('probe', cls=SeveralValuesCommand)(probe)
 
 # %% ../../nbs/cli/50_commands.ipynb #b3c625aa
 @app.command('bench', cls=SeveralValuesCommand)

@@ -21,6 +21,11 @@ from ..core.errors import StudyError
 class Commands(TyperGroup):
     "A group of commands whose `StudyError`s are one line on stderr and exit code 2."
 
+    def format_commands(self, ctx: typer.Context, formatter) -> None:
+        "List the commands with what they do, in whole lines where typer would cut them."
+        with formatter.section('Commands'):
+            formatter.write_dl([(name, self.get_command(ctx, name).help) for name in self.commands])
+
     def invoke(self, ctx: typer.Context):
         "Run the command."
         try:

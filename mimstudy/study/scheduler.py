@@ -79,6 +79,7 @@ def run_row(
             protocols=' '.join(experiment.protocols),
             change=change_text(experiment.change),
         )
+        run.display.update(title(experiment), 'starting; Python and its packages are loaded first')
         trainings = number_of_trainings(experiment)
 
         def on_line(line):
