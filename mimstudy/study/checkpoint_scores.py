@@ -13,25 +13,32 @@ import pandas as pd
 
 from ..core.errors import StudyError
 from ..core.settings import resolve_device, settings
-from ..engine.datasets import load_dataset
 from ..evaluate.catalogue import evaluate
 from ..papers.pretraining import pretraining
 from ..papers.scales import at_scale
 from ..parts.encoder import Encoder
+from ..parts.timm_encoder import timm_encoder
 from .build import build_encoder
 from .encoder_files import WEIGHTS_FILE, load_encoder
 from .exchange import import_encoder
+from .row import labelled_images
 
 # %% ../../nbs/study/85_checkpoint_scores.ipynb #625e4b22
 EXPORTED_FILE = 'model.safetensors'  # of a folder in the layout of the Hugging Face hub
 
 
 def open_encoder(
-    checkpoint: Path | str,  # a run's folder, an exported folder or a file; '' for an untrained encoder
-) -> Encoder:  # on the CPU, in evaluation mode
+    checkpoint: Path | str,  # a run's folder, an exported folder, a file or 'timm:NAME'; '': untrained
+    size: int = 0,  # of the images in pixels, for an encoder of timm; 0 for its own
+    pretrained: bool = False,  # weights of timm, for an encoder of timm; random ones otherwise
+) -> Encoder:  # on the CPU, in evaluation mode; any plain vision transformer for 'timm:NAME'
     "The encoder of a checkpoint; a `StudyError` says what is wrong with it."
     if not checkpoint:
         return build_encoder(at_scale(pretraining('beit'), 'smoke')).eval()
+    if str(checkpoint).startswith('timm:'):
+        return timm_encoder(str(checkpoint), size or None, pretrained)
+    if pretrained:
+        raise StudyError(f'{checkpoint} brings its own weights; pretrained is for timm:NAME')
     path = Path(checkpoint)
     if not path.is_dir():
         return import_encoder(path).encoder
@@ -48,17 +55,18 @@ def checkpoint_scores(
     size: int = 0,  # side in pixels at which images are read; 0 for that of the encoder
     protocols: Sequence[str] = ('linear', 'knn'),  # names of probes
     per_class: int | None = None,  # training images of each class; None takes all
-) -> pd.DataFrame:  # columns protocol, block, token, measure, score
+) -> pd.DataFrame:  # columns protocol, block, token, measure, score; `attrs` has numbers of images
     "The scores of every block, in percent."
     if type(size) is not int or size < 0:
         raise StudyError(f'size must be a whole number of pixels, or 0, not {size!r}')
     size = size or encoder.patch_embed.img_size[0]
-    images = load_dataset(dataset, 'train', size, per_class)
-    val = load_dataset(dataset, 'val', size, strict=True)
+    images, val = labelled_images(dataset, size, per_class)
     scores = evaluate(protocols, encoder, images, val, resolve_device(settings().device))
     rows = []
     for measure, score in scores.items():
         if not measure.endswith('/block'):
             protocol, block, token = measure.split('/')
             rows.append(dict(protocol=protocol, block=block, token=token, measure=measure, score=score))
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    frame.attrs.update(n_train=len(images), n_val=len(val), size=size)
+    return frame

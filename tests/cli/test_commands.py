@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from invented_records import invented_record
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from mimstudy.cli.commands import app
@@ -19,6 +20,11 @@ from mimstudy.study.plan import plan
 from mimstudy.study.records import RecordStore, record
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # for child processes: many threads on busy cores are slow
+
+
+def app_commands():
+    "The names of all commands."
+    return list(get_command(app).commands)
 
 
 def mimstudy(words, *more):
@@ -337,6 +343,17 @@ MINE = Table('my-table', 'Mine', 'nowhere', T1_COLUMNS[:2], (Row('raw', 'raw', '
 """
 
 
+# -- help ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('words', ['', *app_commands()])
+def test_help_has_whole_lines_of_80_columns(words):
+    done = CliRunner(env=dict(COLUMNS='80')).invoke(app, [*words.split(), '-h'])
+    assert done.exit_code == 0
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert '...' not in done.stdout.partition('\n')[2].replace('names...', '').replace('{names}...', '')
+
+
 # -- speed of the first answer ------------------------------------------------------------------
 
 LOOKED_UP = [  # words of a command, its exit code
@@ -353,6 +370,8 @@ LOOKED_UP = [  # words of a command, its exit code
     ('run semanticmim-t1 --data cifar10-jpg', 2),
     ('run semanticmim-t1 --protocols finetoon', 2),
     ('bench --methods conmin', 2),
+    ('probe timm:vit_tiny_patch16_224 --protocols kmn', 2),
+    ('probe timm:vit_tiny_patch16_224 --data scene', 2),
 ]
 WITHOUT_TORCH = '''
 import json, sys

@@ -253,8 +253,8 @@ def test_progress_as_lines_json_and_nothing(monkeypatch, capsys):
     monkeypatch.setenv('MIMSTUDY_PROGRESS', 'lines')
     run(log_seconds=0)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 50 and lines[19].endswith(' left')
-    assert lines[19].startswith('small · step 20/50 · 40 % · loss ')
+    assert len(lines) == 50 and lines[19].endswith(' images/s') and ' left' in lines[19]
+    assert lines[19].startswith('small · 40 % · 20/50 · loss ')
     monkeypatch.setenv('MIMSTUDY_PROGRESS', 'json')
     history = run(log_seconds=0).history
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

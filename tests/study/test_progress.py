@@ -2,10 +2,12 @@
 
 import json
 from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 
-from mimstudy.engine.training_log import progress_event
+from mimstudy.engine.training_log import ProgressReporter, progress_event
+from mimstudy.papers.tables import TABLES
 from mimstudy.study.progress import ProgressDisplay, read_event
 
 
@@ -45,9 +47,9 @@ def test_every_line_is_shown_outside_a_terminal():
     display.close()
     assert display.shares == {'a': 0.8, 'b': 0.0}
     assert file.getvalue().splitlines() == [
-        'a: beit · step 2/10 · 20 % · loss 4.31 · 352 images/s · 1:12 left',
+        'a: 2/10 · loss 4.31 · 1:12 left',
         'b: reading images',
-        'a: beit · step 8/10 · 80 % · loss 4.31 · 352 images/s · 1:12 left',
+        'a: 8/10 · loss 4.31 · 1:12 left',
         'a: warning: 1 image cannot be decoded',
     ]
 
@@ -82,7 +84,7 @@ def test_a_terminal_shows_one_bar_over_all_rows(monkeypatch):
     display.close()
     assert display.bar.total == 2
     assert '43 %' in file.getvalue()
-    assert 'a: beit' in file.getvalue()
+    assert 'a: 86/100 · loss 4.31' in file.getvalue()
     assert 'a: warning: 1 image cannot be decoded\n' in file.getvalue()
 
 
@@ -90,3 +92,34 @@ def test_lines_can_be_requested_in_a_terminal(monkeypatch):
     monkeypatch.setenv('MIMSTUDY_PROGRESS', 'lines')
     display = ProgressDisplay(2, Terminal())
     assert display.bar is None
+
+
+def test_the_longest_line_fits_into_80_columns(monkeypatch):
+    monkeypatch.setenv('MIMSTUDY_PROGRESS', '')
+    monkeypatch.setenv('COLUMNS', '80')
+    names = [row.name for table in TABLES.values() for row in table.rows]
+    longest = f'{max(names, key=len)} seed 0'
+    file, terminal = StringIO(), Terminal()
+    for where in (file, terminal):
+        display = ProgressDisplay(1, where)
+        event = progress_event('semanticmim_maskfeat', 1234, 7500, 4.3111, 1352.0, 7272.0)
+        display.handle(longest, json.dumps(event))
+        display.close()
+    assert len(file.getvalue().rstrip('\n')) <= 80
+    assert '2:01:12 left' in terminal.getvalue(), 'the end of the line is not cut off in a terminal'
+
+
+def reports(monkeypatch, capsys, times, steps=100):
+    "What a training prints that reports step i at times[i]."
+    clock = iter([0.0, *(time for _, time in times)])
+    monkeypatch.setattr('mimstudy.engine.training_log.time', SimpleNamespace(monotonic=lambda: next(clock)))
+    reporter = ProgressReporter('beit', steps, seconds=0.0, style='json')
+    for step, _ in times:
+        reporter.update(step, 1.0, 1.0)
+    return [json.loads(line)['seconds_left'] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_remaining_time_is_estimated_from_enough_steps(monkeypatch, capsys):
+    "The first step takes a minute, all others a second: no estimate knows of the minute."
+    left = reports(monkeypatch, capsys, [(1, 60.0), (5, 64.0), (11, 70.0), (51, 110.0), (100, 159.0)])
+    assert left == [None, None, 89.0, 49.0, 0.0]
