@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .environment import check_world_size
 from .listing import LISTS, list_lines
 from mimstudy.cli.options import (
     Commands,
@@ -119,7 +120,7 @@ def show_result(
 # %% ../../nbs/cli/50_commands.ipynb #30b9df76
 def _refuse_distributed():
     "Raise a `StudyError` under torchrun: the command starts the processes of its rows itself."
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+    if check_world_size() > 1:
         raise StudyError(
             'mimstudy run starts a process for each row itself; for a training on several GPUs '
             'start a script that calls engine.train'

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from .environment import check_environment, system_errors
 from ..core.errors import StudyError
 
 # %% ../../nbs/cli/10_options.ipynb #73ae8a1a
@@ -25,7 +26,9 @@ class Commands(TyperGroup):
     def invoke(self, ctx: typer.Context):
         "Run the command."
         try:
-            return super().invoke(ctx)
+            check_environment()
+            with system_errors():
+                return super().invoke(ctx)
         except StudyError as error:
             typer.echo(f'error: {error}', err=True)
             raise typer.Exit(2) from None

@@ -151,7 +151,9 @@ def run(
     "Run what is not done, each row in a process of its own; an interrupt stops them all."
     store = store or RecordStore()
     experiments = [step.experiment for step in steps if step.status != 'done']
-    resolve_device(settings().device)  # raises before any process is started
+    resolve_device(settings().device)  # this and the checks raise before any process is started
+    if experiments:
+        store.check_writable()
     check_datasets(dict.fromkeys(config.data.dataset for one in experiments for config in one.configs))
     display = ProgressDisplay(len(experiments))
     with TemporaryDirectory() as folder:
