@@ -7,7 +7,6 @@ __all__ = ['app', 'PUBLISHED', 'CHECKPOINTS', 'list_names', 'run', 'show_status'
            'import_file']
 
 # %% ../../nbs/cli/50_commands.ipynb #71234694
-import os
 import signal
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -17,6 +16,7 @@ import typer
 
 from .. import __version__
 from .dataset_report import show_data
+from .environment import check_world_size
 from .listing import LISTS, list_lines
 from mimstudy.cli.options import (
     Batch,
@@ -33,6 +33,7 @@ from mimstudy.cli.options import (
     Size,
     TableName,
 )
+from .probing import probe
 from .summaries import heading, show_result, typed_path, write_report
 from ..core.errors import StudyError, check_name
 from ..methods.catalogue import METHODS
@@ -77,7 +78,7 @@ app.command('data')(show_data)
 # %% ../../nbs/cli/50_commands.ipynb #30b9df76
 def _refuse_distributed():
     "Raise a `StudyError` under torchrun: the command starts the processes of its rows itself."
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+    if check_world_size() > 1:
         raise StudyError(
             'mimstudy run starts a process for each row itself; for a training on several GPUs '
             'start a script that calls engine.train'
@@ -201,6 +202,9 @@ def report(
         typer.echo(typed_path(file))
     if not written:
         typer.echo(f'there are no records below {typed_path(store.root)}; make some with mimstudy run')
+
+# %% ../../nbs/cli/50_commands.ipynb #199e71d4
+app.command('probe', cls=SeveralValuesCommand)(probe)
 
 # %% ../../nbs/cli/50_commands.ipynb #b3c625aa
 @app.command('bench', cls=SeveralValuesCommand)

@@ -16,16 +16,24 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from .environment import check_environment, system_errors
 from ..core.errors import StudyError
 
 # %% ../../nbs/cli/10_options.ipynb #73ae8a1a
 class Commands(TyperGroup):
     "A group of commands whose `StudyError`s are one line on stderr and exit code 2."
 
+    def format_commands(self, ctx: typer.Context, formatter) -> None:
+        "List the commands with what they do, in whole lines where typer would cut them."
+        with formatter.section('Commands'):
+            formatter.write_dl([(name, self.get_command(ctx, name).help) for name in self.commands])
+
     def invoke(self, ctx: typer.Context):
         "Run the command."
         try:
-            return super().invoke(ctx)
+            check_environment()
+            with system_errors():
+                return super().invoke(ctx)
         except StudyError as error:
             typer.echo(f'error: {error}', err=True)
             raise typer.Exit(2) from None

@@ -44,7 +44,7 @@ class ProgressDisplay:
         self.current = {}  # row -> (trainings finished, name of the current one)
         self.bar = None
         if self.file.isatty() and os.environ.get('MIMSTUDY_PROGRESS') != 'lines':
-            shape = '{percentage:3.0f} % {bar:20} {elapsed}<{remaining}  {desc}'
+            shape = '{percentage:3.0f} % {bar:6} {desc}'
             columns = get_terminal_size().columns
             self.bar = tqdm(total=rows, file=self.file, bar_format=shape, ncols=columns, leave=False)
 
@@ -60,7 +60,8 @@ class ProgressDisplay:
             self.keep(f'{row}: warning: {event["message"]}')
         elif event['event'] == 'progress':
             share = self._share(row, event, trainings)
-            self.update(row, progress_line(event), share)
+            training = f'{event["name"]} · ' if trainings > 1 else ''
+            self.update(row, training + progress_line(event, short=True), share)
         else:
             self.update(row, event.get('message', line))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONSTANT_IMAGES', 'CURVE_POINTS', 'UNRECORDED', 'ResultsFolder', 'Pretrained', 'load_training_images',
-           'load_probe_images', 'training_usage', 'pretrain', 'evaluation_settings', 'probe_encoder', 'train_further',
-           'has_classes', 'evaluate_row']
+           'labelled_images', 'load_probe_images', 'training_usage', 'pretrain', 'evaluation_settings', 'probe_encoder',
+           'train_further', 'has_classes', 'evaluate_row']
 
 # %% ../../nbs/study/35_row.ipynb #8fa42c17
 import json
@@ -76,6 +76,7 @@ def load_training_images(
 ) -> ImageDataset:
     "The images of the pre-training; a `StudyError` if they or the images of the probes cannot be used."
     data = experiment.config.data
+    report_message('message', f'reading the images of {data.dataset}')
     crop = None
     if data.views not in SEPARATE_CROPS:
         crop = RandomCrop(data.crop, flip=data.flip, seed=experiment.seed)
@@ -86,22 +87,31 @@ def load_training_images(
     return images
 
 
-def load_probe_images(
-    experiment: Experiment,
+def labelled_images(
+    dataset: str,  # its name
+    size: int,  # side S in pixels
+    per_class: int | None = None,  # training images of each class; None takes all
 ) -> tuple[ImageDataset, ImageDataset]:  # training and validation images
     "The labelled images of the probes; a `StudyError` for broken images and for labels that do not fit."
-    data = experiment.config.data
-    images = load_dataset(data.dataset, 'train', data.size, data.per_class)
-    val = load_dataset(data.dataset, 'val', data.size, strict=True)
+    images = load_dataset(dataset, 'train', size, per_class)
+    val = load_dataset(dataset, 'val', size, strict=True)
     if images.classes != val.classes:
         differing = sorted({*images.classes} ^ {*val.classes})
         raise StudyError(
-            f'the classes of {data.dataset} differ between training and validation images: '
+            f'the classes of {dataset} differ between training and validation images: '
             f'{", ".join(differing[:4])}'
         )
     if len(images.classes) < 2:
-        raise StudyError(f'{data.dataset} has one class, "{images.classes[0]}"; a probe needs at least two')
+        raise StudyError(f'{dataset} has one class, "{images.classes[0]}"; a probe needs at least two')
     return images, val
+
+
+def load_probe_images(
+    experiment: Experiment,
+) -> tuple[ImageDataset, ImageDataset]:  # training and validation images
+    "The labelled images of an experiment's probes, as `labelled_images` reads them."
+    data = experiment.config.data
+    return labelled_images(data.dataset, data.size, data.per_class)
 
 
 def _check_batch(experiment, images):
@@ -206,7 +216,7 @@ def probe_encoder(
     device = resolve_device(settings().device)
     images, val = load_probe_images(experiment)
     names = ', '.join(protocols)
-    message = f'{experiment.row} · reading {len(images):,} + {len(val):,} images for {names}'
+    message = f'probing {len(images):,} + {len(val):,} images: {names}'
     report_message('message', message)
     scores = evaluate(protocols, trained.encoder, images, val, device)
     usage = trained.usage | dict(

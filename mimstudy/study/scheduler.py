@@ -80,6 +80,7 @@ def run_row(
             protocols=' '.join(experiment.protocols),
             change=change_text(experiment.change),
         )
+        run.display.update(title(experiment), 'starting; Python and its packages are loaded first')
         trainings = number_of_trainings(experiment)
 
         def on_line(line):
@@ -153,7 +154,9 @@ def run(
     "Run what is not done, each row in a process of its own; an interrupt stops them all."
     store = store or RecordStore()
     experiments = [step.experiment for step in steps if step.status not in FINISHED]
-    resolve_device(settings().device)  # raises before any process is started
+    resolve_device(settings().device)  # this and the checks raise before any process is started
+    if experiments:
+        store.check_writable()
     check_datasets(dict.fromkeys(config.data.dataset for one in experiments for config in one.configs))
     display = ProgressDisplay(len(experiments))
     with TemporaryDirectory() as folder:
