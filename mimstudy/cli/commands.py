@@ -196,17 +196,28 @@ def show_status(
 @app.command()
 def report(
     results: ResultsFolder = None,
+    check: Annotated[
+        bool, typer.Option('--check', help='write nothing; fail if a page is older than its records')
+    ] = False,
 ):
-    "Write tables, figures and the README's results from the records."
+    "Write tables, claims, figures and the README's results from the records."
     from mimstudy.core.settings import settings
-    from mimstudy.report.pages import write_readme
+    from mimstudy.report.pages import readme_text, stale_pages, write_readme
     from mimstudy.study.processes import CHECKOUT
     from mimstudy.study.records import RecordStore
 
     store = RecordStore(results)
-    written = write_report(store)
     readme = CHECKOUT / 'README.md'
-    if store.root.resolve() == settings().results and readme.is_file():
+    has_readme = store.root.resolve() == settings().results and readme.is_file()
+    if check:
+        stale = stale_pages(store)
+        if has_readme and readme.read_text('utf-8') != readme_text(store, readme):
+            stale.append(readme)
+        for file in stale:
+            typer.echo(f'older than its records: {typed_path(file)}; mimstudy report writes it', err=True)
+        raise typer.Exit(bool(stale))
+    written = write_report(store)
+    if has_readme:
         written.append(write_readme(store, readme))
     for file in written:
         typer.echo(typed_path(file))
