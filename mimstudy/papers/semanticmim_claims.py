@@ -107,7 +107,7 @@ _SWEEPS = (
         ),
     ),
 )
-_PICTURES = (
+_FIGURES = (
     ('§3.2, Figure 1', 'Features of masked image modelling respond to neighbours, not to equal semantics.'),
     ('§3.2, Figure 1', 'Contrastive learning captures salient objects and neglects the background.'),
     ('§1 (1), §5, Figure 7', 'With proxies, a query patch is answered by all patches of its object.'),
@@ -134,6 +134,6 @@ _PICTURES = (
 SEMANTICMIM_CLAIMS = tuple(
     Claim('SemanticMIM', number, place, text, *rest)
     for number, (place, text, *rest) in enumerate(
-        [*_TABLE_1, *_SWEEPS, *((*picture, (), _ATTENTION) for picture in _PICTURES)], 1
+        [*_TABLE_1, *_SWEEPS, *((*figure, (), _ATTENTION) for figure in _FIGURES)], 1
     )
 )
