@@ -28,6 +28,9 @@ fi
 step "ruff"
 ruff check nbs mimstudy tests
 
+step "pages are as new as their records"
+mimstudy report --check
+
 step "every notebook, cell by cell"
 OMP_NUM_THREADS=1 nbdev-test --n-workers 2
 

@@ -14,7 +14,7 @@ import typer
 from .options import ResultsFolder
 from .summaries import typed_path
 from ..core.errors import check_name
-from ..engine.dataset_names import dataset_names
+from ..engine.dataset_catalogue import dataset_names
 from ..papers.table_classes import PROBES
 
 # %% ../../nbs/cli/40_probing.ipynb #ba17703f

@@ -7,6 +7,7 @@ __all__ = ['TOKEN_NAMES', 'OFFSET', 'REFERENCES', 'VARIANTS', 'blocks_figure', '
            'available_encoders', 'semanticmim_figure_7', 'write_figures']
 
 # %% ../../nbs/report/30_figures.ipynb #bbd70a32
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from ..papers.table_classes import Table
 from ..papers.tables import TABLES
 from ..parts.encoder import Encoder
 from .statistics import Estimate, TableRecords, table_records
+from .sweeps import sweep_figure
 from .comparisons import measured_columns
 from ..study.records import RecordStore, score_frame
 
@@ -49,10 +51,11 @@ def blocks_figure(
     figure, axes = new_axes(1, len(TOKEN_NAMES), (WIDTH, 0.42 * WIDTH), sharey=True)
     trained = [row for row in table.measured if row.features != 'pixels' and row.name in set(frame.row)]
     for panel, (token, name) in zip(axes[0], TOKEN_NAMES.items()):
-        for i, row in enumerate(trained):
+        colours = cycle(PALETTE)
+        for row in trained:
             mean, sd = _block_scores(frame, row.name, token)
-            colour = GREY if row.features == 'random' else PALETTE[i % len(PALETTE)]
-            style = '--' if row.features == 'random' else '-'
+            colour = GREY if row.features == 'random' else next(colours)
+            style = REFERENCES.get(row.name, '-')
             panel.plot(mean.index, mean, style, marker='o', color=colour, label=row.label)
             panel.fill_between(mean.index, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
         pixels = frame[frame.token == 'pixels'].score
@@ -130,9 +133,11 @@ def table_figure(
     table: Table,
     records: TableRecords,
 ) -> Figure | None:  # None if nothing was trained
-    "The scores of a table: the variants of each method if there are controls, else block by block."
+    "The scores of a table: curves of a sweep, variants of methods with controls, or block by block."
     if not any(record['features'] == 'trained' for record in records.records.values()):
         return None
+    if table.axis:
+        return sweep_figure(table, records)
     controlled = any(row.control for row in table.rows)
     return methods_figure(table, records) if controlled else blocks_figure(table, records)
 
@@ -181,7 +186,12 @@ def write_figures(
     for name, scale, dataset in found:
         if scale == 'smoke':
             continue
-        figures = {name: table_figure(tables[name], table_records(tables[name], store, scale, dataset))}
+        table = tables[name]
+        records = table_records(table, store, scale, dataset)
+        figures = {name: table_figure(table, records), f'{name}-blocks': None}
+        trained = [row for row in table.measured if row.features == 'trained']
+        if figures[name] is not None and len(trained) <= len(PALETTE):
+            figures[f'{name}-blocks'] = blocks_figure(table, records)
         if name == 'semanticmim-t1':
             figures['semanticmim-fig7'] = semanticmim_figure_7(store, scale, dataset)
         for what, figure in figures.items():

@@ -6,6 +6,7 @@
 __all__ = ['LEVEL', 'NEGLIGIBLE', 'Estimate', 'estimate', 'holm_levels', 'binomial_error', 'TableRecords', 'table_records']
 
 # %% ../../nbs/report/10_statistics.ipynb #52bba74f
+from collections.abc import Sequence
 from math import hypot, sqrt
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -132,14 +133,21 @@ class TableRecords(NamedTuple):
 
     def difference(self, row: Row, baseline: Row, column: Column) -> Estimate | None:
         "`row` minus `baseline`, paired by seed; None if they share no seed."
-        ours = self.scores(row, column)
-        theirs = self.scores(baseline, column)
-        seeds = sorted(set(ours) & set(theirs))
+        return self.contrast([(1, row), (-1, baseline)], column)
+
+    def contrast(
+        self,
+        terms: Sequence[tuple[int, Row]],  # rows with their signs
+        column: Column,
+    ) -> Estimate | None:
+        "The sum of rows with their signs, paired by seed; None if they share no seed."
+        found = [(sign, self.scores(row, column)) for sign, row in terms]
+        seeds = sorted(set.intersection(*(set(scores) for _, scores in found)))
         if not seeds:
             return None
-        differences = [ours[seed][0] - theirs[seed][0] for seed in seeds]
-        errors = [sqrt(ours[seed][1] ** 2 + theirs[seed][1] ** 2) for seed in seeds]
-        return estimate(differences, errors)
+        sums = [sum(sign * scores[seed][0] for sign, scores in found) for seed in seeds]
+        errors = [hypot(*(scores[seed][1] for _, scores in found)) for seed in seeds]
+        return estimate(sums, errors)
 
     def seeds(
         self,

@@ -17,7 +17,7 @@ import pandas as pd
 from ..core.errors import check_name
 from ..core.settings import resolve_device, settings
 from ..engine.config import short_hash
-from ..engine.dataset_names import dataset_names
+from ..engine.dataset_catalogue import dataset_names
 from ..engine.datasets import fingerprint
 from ..engine.files import write_atomic
 from ..papers.experiments import slug

@@ -227,9 +227,13 @@ def test_run_status_report(tmp_path):
     assert status.exit_code == 0
     assert f'1 done, {len(SEMANTICMIM_T1.rows) - 1} missing' in status.stdout
 
-    (page,) = (tmp_path / 'tables').glob('*.md')
+    (page,) = (tmp_path / 'tables').glob('semanticmim-*.md')
+    assert mimstudy('report --check', '--results', tmp_path).exit_code == 0
     text = page.read_text()
     page.write_text('edited by hand')
+    check = mimstudy('report --check', '--results', tmp_path)
+    assert check.exit_code == 1 and page.name in check.stderr
+    assert page.read_text() == 'edited by hand'
     report = mimstudy('report', '--results', tmp_path)
     assert report.exit_code == 0
     assert page.name in report.stdout
@@ -253,6 +257,21 @@ def test_a_report_without_records_says_so(tmp_path):
     assert done.exit_code == 0
     assert 'there are no records' in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_outside_its_range_fails_the_check(tmp_path, monkeypatch):
+    store = RecordStore(tmp_path)
+    for seed, score in enumerate((30.0, 32.0, 31.0)):
+        store.add(invented_record('semanticmim-t1/beit', seed, linear_best_prefix=score))
+    monkeypatch.setenv('MIMSTUDY_RESULTS', str(tmp_path))
+    assert_one_line_error(mimstudy('check'), 'mimstudy check --update writes it')
+    assert mimstudy('check --update').stdout.endswith('expectations.json: 1 ranges\n')
+    assert mimstudy('check').exit_code == 0
+    store.add(invented_record('semanticmim-t1/beit', 3, linear_best_prefix=60.0))
+    done = mimstudy('check')
+    assert done.exit_code == 1
+    assert 'outside: semanticmim-t1/beit at laptop scale' in done.stderr
+    assert '3 scores within their ranges, 1 outside' in done.stdout
 
 
 def test_every_failed_row_is_named(tmp_path, monkeypatch):

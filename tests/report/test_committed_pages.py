@@ -18,8 +18,13 @@ def texts(files):
 
 
 def test_pages_come_from_the_records(tmp_path):
-    committed = texts((ROOT / 'results' / 'tables').glob('*.md'))
+    committed = texts((ROOT / 'results' / 'tables').iterdir())
     assert texts(write_tables(STORE, tmp_path)) == committed, 'run mimstudy report --results results'
+
+
+def test_pages_say_how_the_best_block_is_chosen():
+    for file in (ROOT / 'results' / 'tables').glob('*-*.md'):
+        assert 'the best block, which is chosen on held-out training images' in file.read_text('utf-8')
 
 
 def test_each_measurement_is_committed_once():
