@@ -18,6 +18,7 @@ from mimstudy.analysis.attention import (
     attention_entropy,
     nmi,
     overlap,
+    prefix_count,
     prefix_maps,
     proxy_entropy,
 )
@@ -95,8 +96,7 @@ def attention_by_block(
         grid = patch_grid(encoder, x)
 
         def measured(weights, grid=grid):
-            P = weights.shape[-1] - grid[0] * grid[1]
-            return function(weights, grid, patch_side(encoder), P)
+            return function(weights, grid, patch_side(encoder), prefix_count(weights, grid))
 
         running.add(torch.stack(map_attention(encoder, x, measured, blocks), 1).cpu())
     if not running.n:
@@ -135,7 +135,7 @@ def proxy_regions(
         x = encoder_input(encoder, images)
         grid = patch_grid(encoder, x)
         weights = attention(encoder, x, block)
-        maps = prefix_maps(weights, weights.shape[-1] - grid[0] * grid[1], grid).cpu()
+        maps = prefix_maps(weights, prefix_count(weights, grid), grid).cpu()
         order = torch.rand(maps.shape[:2], generator=g).argsort(1)
         exchanged = maps[torch.arange(len(maps))[:, None], order]
         running.add(torch.stack([maps, exchanged], 1))

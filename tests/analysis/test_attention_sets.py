@@ -18,7 +18,8 @@ from mimstudy.analysis.attention import (
     query_maps,
     without_prior,
 )
-from mimstudy.analysis.attention_figures import attention_figure, depth_figure, prefix_figure
+from mimstudy.analysis.attention_depth_figures import depth_figure, prefix_figure
+from mimstudy.analysis.attention_figures import attention_figure
 from mimstudy.analysis.attention_sets import (
     ProxyRegions,
     attention_by_block,
