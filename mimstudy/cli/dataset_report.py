@@ -13,7 +13,6 @@ from typing import Annotated
 import typer
 
 from .listing import list_lines
-from ..core.settings import dataset_variable
 
 # %% ../../nbs/cli/30_dataset_report.ipynb #3a00900f
 WIDTH = 80  # columns
@@ -77,6 +76,8 @@ def origin_lines(
     info=None,  # its `DatasetInfo`, if it is a listed one
 ) -> list[str]:
     "Where to get a dataset, and where to put it."
+    from mimstudy.core.settings import dataset_variable
+
     lines = []
     if info and info.origin:
         lines += field_lines('from', info.origin) + field_lines('terms', info.terms)

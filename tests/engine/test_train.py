@@ -18,6 +18,7 @@ from torch import nn
 
 import mimstudy.engine.train as train_module
 from mimstudy.core.errors import StudyError
+from mimstudy.core.settings import resolve_precision
 from mimstudy.core.task import Batch, Task
 from mimstudy.engine.checkpoint import is_finished, load_result, read_summary
 from mimstudy.engine.optimiser import build_optimiser
@@ -359,3 +360,10 @@ def test_on_a_gpu(tmp_path, precision):
     tolerance = 1e-4 if precision == 'no' else 3e-2
     assert gpu.history.loss[0] == pytest.approx(cpu.history.loss[0], rel=tolerance) and gpu.peak_memory > 0
     assert on_gpu(SmallTask()).resumed_from == 50
+
+
+def test_bf16_on_a_processor_without_it_is_said_before_the_training(monkeypatch):
+    monkeypatch.setattr('mimstudy.engine.hardware.has_native_bf16', lambda: False)
+    with pytest.warns(UserWarning, match='this processor has no bfloat16 in hardware'):
+        result = run(config=with_optim(epochs=1), precision='bf16')
+    assert result.precision == 'bf16' and resolve_precision('auto', torch.device('cpu')) in ('no', 'bf16')

@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimstudy.core.errors import StudyError
 from mimstudy.core.scenes import CLASSES, scenes
@@ -207,6 +208,31 @@ def test_knn_does_not_depend_on_the_order_of_the_bank_or_on_rotations(g):
     mixed = Features({e: x[order] for e, x in train.table.items()}, train.labels[order], train.classes)
     turned = [f._replace(table={e: x @ turn for e, x in f.table.items()}) for f in (train, val)]
     assert knn(mixed, val) == knn(train, val) == knn(*turned)
+
+
+class LargestTensor(TorchDispatchMode):
+    "Notes the number of elements of the largest tensor that is made."
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for one in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(one, torch.Tensor):
+                self.elements = max(self.elements, one.numel())
+        return made
+
+
+def test_knn_with_many_classes_makes_no_tensor_of_neighbours_times_classes():
+    classes, queries, k = 20_000, 64, 20
+    bank = F.normalize(torch.randn(500, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    labels = torch.arange(500) * 40
+    with LargestTensor() as largest:
+        votes = knn_votes(bank[:queries], bank, labels, classes, k, 0.07)
+    assert votes.argmax(1).equal(labels[:queries])
+    assert largest.elements == queries * classes
 
 
 def test_knn_of_all_images_at_equal_weight_is_the_largest_class(g):

@@ -4,9 +4,12 @@ import os
 import warnings
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from mimstudy.cli.commands import app
+from mimstudy.core.errors import StudyError
+from mimstudy.core.scenes import scenes
 from mimstudy.engine.datasets import load_dataset
 from mimstudy.engine.sampling import mix_seeds
 from mimstudy.engine.train import train
@@ -17,6 +20,7 @@ from mimstudy.papers.scales import at_scale
 from mimstudy.study.build import build_batch_function, build_task
 from mimstudy.study.records import RecordStore
 from mimstudy.study.row import Pretrained, ResultsFolder, evaluate_row, pretrain
+from mimstudy.study.row_figures import show_attention
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # for child processes
 
@@ -49,6 +53,65 @@ def test_pixels(tmp_path):
     assert pretrain(e, store) == Pretrained(None)
     (record,) = evaluate_row(e, Pretrained(None), store)
     assert list(record['scores']) == ['linear/0/pixels']
+
+
+def photos(folder, count, labels=('',), split=''):
+    "Scenes as image files, in a folder or in folders of classes."
+    for i, image in enumerate(scenes(count, 32).images):
+        place = folder / split / labels[i % len(labels)]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f'{split}{i:03}.png')
+    return folder
+
+
+@pytest.mark.parametrize(
+    'count, scale, protocols, message',
+    [
+        (16, 'smoke', (), 'pics has 16 training images, and smoke scale trains with batches of 32'),
+        (40, 'laptop', (), 'laptop scale trains with batches of 64; the scale smoke would fit'),
+        (150, 'laptop', ('finetune',), 'trains with batches of 128 at laptop scale'),
+    ],
+)
+def test_a_set_that_does_not_fill_a_batch_is_refused_before_the_training(
+    tmp_path, monkeypatch, count, scale, protocols, message
+):
+    labels = ('a', 'b') if protocols else ('',)
+    monkeypatch.setenv('MIMSTUDY_DATA_PICS', str(photos(tmp_path / 'pics', count, labels)))
+    monkeypatch.setattr('mimstudy.study.row.train', lambda *_: pytest.fail('a training was started'))
+    one = experiment('semanticmim-t1/maskfeat', scale, 'pics', protocols=protocols)
+    if protocols:
+        monkeypatch.setattr('mimstudy.study.row.load_probe_images', lambda _: None)
+        for file in sorted((tmp_path / 'pics' / 'a').iterdir())[30:]:
+            file.unlink()
+    with pytest.raises(StudyError) as error:
+        pretrain(one, RecordStore(tmp_path / 'out'))
+    assert message in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('below', ['', 'train', 'train/photos'])
+def test_images_without_labels_are_pretrained_and_not_evaluated(tmp_path, monkeypatch, capsys, below):
+    "All 150, however few `per_class` names; a figure of their attention can be drawn."
+    monkeypatch.setenv('MIMSTUDY_DATA_PICS', str(photos(tmp_path / 'pics', 150, (below,)).resolve()))
+    store = RecordStore(tmp_path / 'out')
+    one = experiment('semanticmim-t1/maskfeat', 'smoke', 'pics')
+    trained = pretrain(one, store)
+    assert trained.usage['images_seen'] == 2 * (150 // 32) * 32
+    assert evaluate_row(one, trained, store) == []
+    assert 'pics has no classes, so nothing is evaluated' in capsys.readouterr().out
+    assert show_attention(one.config, trained.encoder) is not None
+
+
+@pytest.mark.slow
+def test_fewer_validation_images_than_a_figure_shows(tmp_path, monkeypatch):
+    root = photos(tmp_path / 'pics', 60, ('a', 'b'), 'train')
+    photos(root, 3, ('a', 'b'), 'val')
+    monkeypatch.setenv('MIMSTUDY_DATA_PICS', str(root))
+    one = experiment('semanticmim-t1/random', 'smoke', 'pics')
+    store = RecordStore(tmp_path / 'out')
+    trained = pretrain(one, store)
+    (record,) = evaluate_row(one, trained, store)
+    assert record['n_val'] == 3 and show_attention(one.config, trained.encoder) is not None
 
 
 def test_warnings_of_the_package_are_messages(capsys, monkeypatch):
