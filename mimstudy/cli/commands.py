@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from .. import __version__
+import mimstudy as package  # `from mimstudy import …` would be changed by nbdev-update
 from .listing import LISTS, list_lines
 from mimstudy.cli.options import (
     Batch,
@@ -50,7 +50,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool):
     if wanted:
-        typer.echo(f'mimstudy {__version__}')
+        typer.echo(f'mimstudy {package.__version__}')
         raise typer.Exit()
 
 

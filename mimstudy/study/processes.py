@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Lock
 
 import psutil
+import yaml
 
 import mimstudy
 from ..core.errors import StudyError
@@ -101,7 +102,7 @@ def papermill_command(
     source, target = (str(path).replace('{', '{{').replace('}', '}}') for path in (notebook, out))
     quiet = ['--no-progress-bar', '--log-level', 'ERROR', '--stdout-file', '-']
     safe = ['--autosave-cell-every', '0', '--start-timeout', '600']
-    values = ['-y', json.dumps(parameters)]
+    values = ['-y', yaml.safe_dump(parameters)]  # JSON is no YAML: it writes an emoji as two surrogates
     return [
         sys.executable,
         '-m',
