@@ -174,18 +174,18 @@ def test_no_catch_all_modules():
 
 
 @pytest.mark.slow
-def test_export_and_clean_change_nothing(tmp_path):
+def test_export_clean_and_update_change_nothing(tmp_path):
     for name in ('nbs', 'mimstudy'):
         shutil.copytree(
             ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints')
         )
     for name in ('pyproject.toml', 'settings.ini'):
         shutil.copy(ROOT / name, tmp_path)
-    for tool in ('nbdev-clean', 'nbdev-export'):
+    for tool in ('nbdev-clean', 'nbdev-export', 'nbdev-update'):  # update writes modules back into notebooks
         subprocess.run([Path(sys.executable).parent / tool], cwd=tmp_path, check=True, capture_output=True)
     for file in [*ALL, *MODULES, LIBRARY / '_modidx.py']:
         same = file.read_bytes() == (tmp_path / file.relative_to(ROOT)).read_bytes()
-        assert same, f'{path_of(file)}: run nbdev-export && nbdev-clean'
+        assert same, f'{path_of(file)}: run nbdev-export, nbdev-clean and nbdev-update'
 
 
 # -- notebooks -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from .. import __version__
+import mimstudy as package  # `from mimstudy import …` would be changed by nbdev-update
 from .dataset_report import show_data
 from .environment import check_world_size
 from .listing import LISTS, list_lines
@@ -52,7 +52,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool):
     if wanted:
-        typer.echo(f'mimstudy {__version__}')
+        typer.echo(f'mimstudy {package.__version__}')
         raise typer.Exit()
 
 

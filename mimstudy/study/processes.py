@@ -22,6 +22,7 @@ from tempfile import gettempdir
 from threading import Lock
 
 import psutil
+import yaml
 
 import mimstudy
 from ..core.errors import StudyError
@@ -107,7 +108,7 @@ def papermill_command(
     source, target = (str(path).replace('{', '{{').replace('}', '}}') for path in (notebook, out))
     quiet = ['--no-progress-bar', '--log-level', 'ERROR', '--stdout-file', '-']
     safe = ['--autosave-cell-every', '0', '--start-timeout', '600']
-    values = ['-y', json.dumps(parameters)]
+    values = ['-y', yaml.safe_dump(parameters)]  # JSON is no YAML: it writes an emoji as two surrogates
     return [
         sys.executable,
         '-m',

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import __version__
+import mimstudy
 
 # %% ../../nbs/study/10_provenance.ipynb #615ba3e0
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def provenance(
     "The commit of the code, the versions of the packages and the name of the device."
     import torch  # its own version names the build
 
-    versions = dict(python=platform.python_version(), mimstudy=__version__, torch=torch.__version__)
+    versions = dict(python=platform.python_version(), mimstudy=mimstudy.__version__, torch=torch.__version__)
     for name in PACKAGES:
         versions[name] = version(name)
     return dict(commit=commit(), versions=versions, device=device_name(device))

@@ -115,7 +115,14 @@ def load_probe_images(
 
 
 def _check_batch(experiment, images):
-    "Raise a `StudyError` if the images do not fill one batch of the scale."
+    "Raise a `StudyError` if the images do not fill one batch of every training on them."
+    further = [config for config in experiment.configs[1:] if config.data.dataset == experiment.dataset]
+    for config in further:
+        if experiment.config.optim.batch <= images < config.optim.batch:
+            raise StudyError(
+                f'{experiment.dataset} has {images} training images, and {config.name} trains with batches '
+                f'of {config.optim.batch} at {experiment.scale} scale'
+            )
     batch = experiment.config.optim.batch
     if images >= batch:
         return

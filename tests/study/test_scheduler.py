@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import psutil
 import pytest
+import yaml
 from PIL import Image
 
 from mimstudy.core.errors import StudyError
@@ -25,6 +26,7 @@ from mimstudy.study.processes import (
     child_environment,
     execute,
     failure_reason,
+    papermill_command,
     run_notebook,
 )
 from mimstudy.study.records import RecordStore
@@ -57,6 +59,13 @@ def write_notebook(folder, *sources):
     return file
 
 
+@pytest.mark.parametrize('text', ['🐟 τ', 'yes', '1e3', '007', '', ' ', 'a: b', '\x7f\t', 'x' * 300])
+def test_papermill_reads_parameters_as_they_were_given(text, tmp_path):
+    parameters = dict(text=text, number=2**32 - 1)
+    words = papermill_command(tmp_path / 'a.ipynb', tmp_path / 'b.ipynb', parameters)
+    assert yaml.safe_load(words[words.index('-y') + 1]) == parameters
+
+
 def test_parameters_arrive_unchanged_and_the_kernel_is_this_interpreter(tmp_path, monkeypatch):
     kernel = tmp_path / 'user' / 'kernels' / 'python3'
     kernel.mkdir(parents=True)
@@ -64,7 +73,7 @@ def test_parameters_arrive_unchanged_and_the_kernel_is_this_interpreter(tmp_path
     (kernel / 'kernel.json').write_text(json.dumps(another))
     monkeypatch.setenv('JUPYTER_PATH', str(tmp_path / 'user'))
 
-    value = 'a=b {braces} "quotes" \'and\' τ=0.1 # yes'
+    value = 'a=b {braces} "quotes" \'and\' τ=0.1 # yes 🐟'
     sources = ('text = ""\nnumber = 0', 'import sys', 'print(repr(text), number + 1, sys.executable)')
     notebook = write_notebook(tmp_path, *sources)
     env = child_environment(tmp_path / 'kernel')
