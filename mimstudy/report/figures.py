@@ -9,23 +9,24 @@ __all__ = ['TOKEN_NAMES', 'OFFSET', 'REFERENCES', 'VARIANTS', 'blocks_figure', '
 # %% ../../nbs/report/30_figures.ipynb #bbd70a32
 from itertools import cycle
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..analysis.attention_figures import attention_figure
 from ..core.errors import StudyError
 from ..core.plotting import GREY, PAGE_DPI, PALETTE, WIDTH, legend_beside, new_axes
-from ..core.scenes import scenes
 from ..engine.files import write_atomic
 from ..papers.experiments import slug, table_experiment
 from ..papers.table_classes import Table
 from ..papers.tables import TABLES
-from ..parts.encoder import Encoder
 from .statistics import Estimate, TableRecords, table_records
 from .sweeps import sweep_figure
 from .comparisons import measured_columns
 from ..study.records import RecordStore, score_frame
+
+if TYPE_CHECKING:  # PyTorch is needed for the attention of encoders only
+    from mimstudy.parts.encoder import Encoder
 
 # %% ../../nbs/report/30_figures.ipynb #fceb4f86
 TOKEN_NAMES = dict(prefix='prefix tokens', patch='mean of the patch tokens')
@@ -148,7 +149,7 @@ def available_encoders(
     scale: str,
     dataset: str = '',
     seed: int = 0,
-) -> dict[str, Encoder]:  # label of a row -> its encoder
+) -> dict[str, 'Encoder']:  # label of a row -> its encoder
     "The trained encoders of the rows that a paper has, from the runs on this machine or as published."
     found = {}
     for row in table.rows:
@@ -171,6 +172,9 @@ def semanticmim_figure_7(
     encoders = available_encoders(TABLES['semanticmim-t1'], store, scale, dataset)
     if not encoders:
         return None
+    from mimstudy.analysis.attention_figures import attention_figure
+    from mimstudy.core.scenes import scenes
+
     size = next(iter(encoders.values())).patch_embed.img_size[0]
     return attention_figure(encoders, scenes(2, size, seed=1).images)
 

@@ -167,12 +167,14 @@ def table_records(
     "The records of a table, without those of other configurations."
     rows = {row.name for row in table.measured}
     dataset = dataset or table_experiment(table, table.measured[0].name, scale).dataset
-    kept, stale = {}, 0
+    kept, stale, declared = {}, 0, {}
     for one in store.find(table=table.name, scale=scale, dataset=dataset):
         current = one['row'] in rows and one['protocol'] in table.protocols
         if current:
-            declared = table_experiment(table, one['row'], scale, dataset, one['seed'])
-            current = declared.record_id(one['protocol']) == one['id']
+            key = one['row'], one['seed']
+            if key not in declared:  # a row has several records, one for each protocol
+                declared[key] = table_experiment(table, one['row'], scale, dataset, one['seed'])
+            current = declared[key].record_id(one['protocol']) == one['id']
         if current:
             kept[one['row'], one['seed'], one['protocol']] = one
         else:

@@ -14,12 +14,14 @@ import psutil
 import pytest
 import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
+from mimstudy.cli.commands import app
 from mimstudy.core.errors import StudyError
 from mimstudy.core.scenes import scenes
 from mimstudy.engine.checkpoint import load_checkpoint
 from mimstudy.papers.experiments import experiment
-from mimstudy.study import processes
+from mimstudy.study import processes, scheduler
 from mimstudy.study.plan import plan, status, training_progress
 from mimstudy.study.processes import (
     ProcessGroup,
@@ -272,6 +274,63 @@ def test_other_protocols_have_a_folder_of_their_own(tmp_path):
     assert row_folder(further, store).name == f'{probed.id}-finetune-voc'
     assert number_of_trainings(probed) == 1
     assert number_of_trainings(further) == 4, 'fine-tuning trains once for each kind of token'
+
+
+# -- errors in every stage ----------------------------------------------------------------------
+
+
+def row_notebook_with(folder, source):
+    "The run notebook of a row, with a cell before its first one after the parameters."
+    notebook = json.loads(run_notebook('row').read_text())
+    (parameters,) = [
+        i for i, cell in enumerate(notebook['cells']) if 'parameters' in cell['metadata'].get('tags', ())
+    ]
+    cell = dict(cell_type='code', id='planted', metadata={}, source=source, outputs=[], execution_count=None)
+    notebook['cells'].insert(parameters + 1, cell)
+    file = folder / 'row.ipynb'
+    file.write_text(json.dumps(notebook))
+    return file
+
+
+PLANT = '''
+from mimstudy.core.errors import StudyError
+import mimstudy.study.row as row
+
+def fail(*args, **options):
+    raise StudyError('planted: this stage failed')
+
+row.{place} = fail
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'place', ['build_task', 'load_training_images', 'train', 'evaluate', 'save_encoder', 'RecordStore.add']
+)
+def test_an_error_in_any_stage_is_one_line_and_exit_code_1(tmp_path, monkeypatch, place):
+    notebook = row_notebook_with(tmp_path, PLANT.format(place=place))
+    monkeypatch.setattr(scheduler, 'run_notebook', lambda name: notebook)
+    words = 'run semanticmim-t1 --rows maskfeat --scale smoke --results'.split()
+    done = CliRunner().invoke(app, [*words, str(tmp_path / 'out')])
+    assert done.exit_code == 1
+    lines = [line for line in done.stderr.splitlines() if 'planted' in line]
+    assert lines == ['error: maskfeat seed 0: planted: this stage failed']
+    assert 'Traceback' not in done.output and 'StudyError' not in done.output
+    assert done.stderr.splitlines()[-1] == '1 of 1 rows failed; the same command tries them again'
+
+
+def test_an_error_of_the_scheduler_itself_is_a_failure_of_its_row(tmp_path, monkeypatch, capsys):
+    "The other rows are run, and each failure has its reason."
+
+    def fails(experiment, run):
+        if experiment.row == 'pixels':
+            raise StudyError('planted: no folder')
+
+    monkeypatch.setattr(scheduler, 'run_row', fails)
+    store = RecordStore(tmp_path)
+    steps = plan('semanticmim-t1', ['pixels', 'random', 'beit'], 'smoke', store=store)
+    assert run(steps, store, jobs=2) == [('pixels seed 0', 'planted: no folder')]
+    assert 'error: pixels seed 0: planted: no folder' in capsys.readouterr().err.splitlines()
 
 
 # -- interrupts, and two commands at the same time ----------------------------------------------
