@@ -22,7 +22,7 @@ from mimstudy.core.scenes import scenes
 from mimstudy.engine.checkpoint import load_checkpoint
 from mimstudy.papers.experiments import experiment
 from mimstudy.study import processes, scheduler
-from mimstudy.study.plan import plan, status, training_progress
+from mimstudy.study.plan import plan, row_folder, status, training_progress
 from mimstudy.study.processes import (
     ProcessGroup,
     child_environment,
@@ -33,7 +33,7 @@ from mimstudy.study.processes import (
 )
 from mimstudy.study.records import RecordStore
 from mimstudy.study.row import evaluate_row, pretrain
-from mimstudy.study.scheduler import number_of_trainings, row_folder, run
+from mimstudy.study.scheduler import number_of_trainings, run
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # for child processes: many threads on busy cores are slow
 MIMSTUDY = [sys.executable, '-c', 'from mimstudy.cli.commands import app; app()']
