@@ -23,6 +23,7 @@ from .statistics import Estimate, TableRecords, table_records
 from .tables import measured_columns
 from ..study.records import RecordStore, score_frame
 
+# %% ../../nbs/report/30_figures.ipynb #c8c56a7d
 if TYPE_CHECKING:  # PyTorch is needed for the attention of encoders only
     from mimstudy.parts.encoder import Encoder
 
