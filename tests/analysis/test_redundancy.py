@@ -130,16 +130,16 @@ def shares_of(model, x, count=4):
 
 
 def test_models_whose_shares_are_known(g):
-    x = torch.randn(200, 3, 32, 32, generator=g)
+    x = torch.randn(100, 3, 32, 32, generator=g)
     table = torch.randn(16, 192, generator=g)
-    assert shares_of(copies, x) == pytest.approx((0, 1, 0), abs=0.02)
+    assert shares_of(copies, x) == pytest.approx((0, 1, 0), abs=0.03)
     by_position = shares_of(lambda x, mask: table[mask.predict].expand(len(x), -1, -1), x)
     assert by_position == pytest.approx((1, 0, 0), abs=1e-9)
     for count in (1, 2, 6):  # of 8 visible patches
-        assert shares_of(averages, x, count) == pytest.approx((0, count / 8, 1 - count / 8), abs=0.02)
+        assert shares_of(averages, x, count) == pytest.approx((0, count / 8, 1 - count / 8), abs=0.03)
     scaled = shares_of(lambda x, mask: 3 * copies(x, mask) + 3 * table[mask.predict], x)
     between = table[PATCHES].var(0).mean().item()
-    assert scaled == pytest.approx((between / (1 + between), 1 / (1 + between), 0), abs=0.02)
+    assert scaled == pytest.approx((between / (1 + between), 1 / (1 + between), 0), abs=0.03)
     assert sum(scaled) == pytest.approx(1)
 
 

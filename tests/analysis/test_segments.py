@@ -26,7 +26,7 @@ GRID = (8, 8)
 
 @pytest.fixture(scope='module')
 def world():
-    return scenes(16, 64, seed=5)
+    return scenes(8, 64, seed=5)
 
 
 @pytest.fixture(scope='module')
@@ -80,10 +80,10 @@ def test_invented_attention_scores_as_the_paper_says(segments):
     """Uniform: neither property. Local, as masked image modelling: complete, not consistent. Foreground, as
     contrastive learning: consistent on objects, not complete. Perfect: both."""
     on_object = segments >= len(BACKGROUNDS)
-    local = (-patch_distances(GRID)).exp().expand(16, -1, -1)
+    local = (-patch_distances(GRID)).exp().expand(8, -1, -1)
     maps = {
         'perfect': own_of(segments).float(),
-        'uniform': torch.full((16, 64, 64), 1 / 64),
+        'uniform': torch.full((8, 64, 64), 1 / 64),
         'local': local,
         'foreground': on_object.float()[:, None].expand(-1, 64, -1),
     }
@@ -103,14 +103,14 @@ def test_invented_attention_scores_as_the_paper_says(segments):
 
 
 def test_noise_is_no_preference(segments):
-    noise = torch.rand(16, 64, 64, generator=torch.Generator().manual_seed(1))
+    noise = torch.rand(8, 64, 64, generator=torch.Generator().manual_seed(1))
     for equal_distance in (True, False):
         assert preference(noise, segments, GRID, equal_distance).nanmean().abs() < 0.02
 
 
 def test_only_the_order_within_a_distance_counts(segments):
     generator = torch.Generator().manual_seed(2)
-    scores = torch.rand(16, 64, 64, generator=generator)
+    scores = torch.rand(8, 64, 64, generator=generator)
     squared = (patch_distances(GRID) ** 2).round().long()
     profile = torch.rand(int(squared.max()) + 1, generator=generator)
     moved = scores.exp() + 5 * profile[squared]
@@ -120,17 +120,17 @@ def test_only_the_order_within_a_distance_counts(segments):
 
 
 def test_mirrored_scores_have_mirrored_preferences(segments):
-    scores = torch.rand(16, 64, 64, generator=torch.Generator().manual_seed(3))
+    scores = torch.rand(8, 64, 64, generator=torch.Generator().manual_seed(3))
     mirror = torch.arange(64).view(8, 8).flip(1).flatten()
     mirrored = preference(scores[:, mirror][:, :, mirror], segments[:, mirror], GRID)
     assert_close(mirrored.nan_to_num(), preference(scores, segments, GRID)[:, mirror].nan_to_num())
 
 
 def test_found_segments_agree_with_a_loop(segments):
-    preferences = torch.rand(16, 64, generator=torch.Generator().manual_seed(4)) - 0.3
+    preferences = torch.rand(8, 64, generator=torch.Generator().manual_seed(4)) - 0.3
     preferences[0, segments[0] == segments[0, 0]] = torch.nan
     found = found_segments(preferences, segments)
-    for b in range(16):
+    for b in range(8):
         for region in range(found.shape[1]):
             queries = preferences[b, segments[b] == region]
             if len(queries) == 0 or queries.isnan().all():
@@ -143,11 +143,11 @@ def test_bad_input_is_one_line(world, segments):
     with pytest.raises(StudyError, match='label map must be as large as its image'):
         patch_segments(world.images, world.maps[:, :32, :32], GRID)
     with pytest.raises(StudyError, match='label map must be as large as its image'):
-        patch_segments(world.images, world.maps[:8], GRID)
+        patch_segments(world.images, world.maps[:4], GRID)
     with pytest.raises(StudyError, match='take larger images'):
         patch_segments(world.images[..., :4, :4], world.maps[:, :4, :4], GRID)
     with pytest.raises(StudyError, match='do not fit a grid of 4 x 4'):
-        preference(torch.zeros(16, 64, 64), segments, (4, 4))
+        preference(torch.zeros(8, 64, 64), segments, (4, 4))
     with pytest.raises(StudyError, match='needs two images'):
         segment_measures(torch.rand(1, 64, 64), segments[:1], GRID, OBJECTS)
 
