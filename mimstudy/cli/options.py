@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SEVERAL_VALUES', 'Scale', 'Data', 'Seeds', 'Rows', 'Protocols', 'ResultsFolder', 'Commands', 'repeat_flags',
-           'SeveralValuesCommand']
+           'SeveralValuesCommand', 'typed_path']
 
 # %% ../../nbs/cli/10_options.ipynb #a850eb42
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,3 +99,10 @@ ResultsFolder = Annotated[
     Path | None,
     typer.Option('--results', help='folder of records and runs', show_default='that of settings.ini'),
 ]
+
+# %% ../../nbs/cli/10_options.ipynb #75a8a74d
+def typed_path(
+    path: Path,
+) -> str:
+    "A path relative to the working folder, as a user would type it."
+    return os.path.relpath(path)

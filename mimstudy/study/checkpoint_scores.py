@@ -20,7 +20,7 @@ from ..papers.scales import at_scale
 from ..parts.encoder import Encoder
 from .build import build_encoder
 from .encoder_files import WEIGHTS_FILE, load_encoder
-from .exchange import import_encoder
+from .imports import import_encoder
 
 # %% ../../nbs/study/85_checkpoint_scores.ipynb #625e4b22
 EXPORTED_FILE = 'model.safetensors'  # of a folder in the layout of the Hugging Face hub
