@@ -18,7 +18,7 @@ from ..core.errors import check_name
 from ..engine.datasets import ImageDataset
 from ..engine.segmentation_data import IGNORE_LABEL
 from ..parts.encoder import block_features, patch_grid
-from ..parts.views import normalise, resize_only
+from ..parts.views import encoder_statistics, normalise, resize_only
 
 # %% ../../nbs/evaluate/features.ipynb #bbc0fb0d
 class Features(NamedTuple):
@@ -60,17 +60,18 @@ def extract_features(
     device: torch.device | str,  # where to compute, and where the features stay
     batch: int = 256,  # images at a time; changes only the memory that is needed
     size: int | None = None,  # side in pixels to resize the images to; by default the encoder's own
-    statistics: str = 'imagenet',  # of the normalisation; SemanticMIM's release probes BEiT with 'inception'
+    statistics: str = 'encoder',  # of the normalisation; SemanticMIM's release probes BEiT with 'inception'
     frozen: str = 'eval',  # mode of the frozen blocks; 'train' = stochastic depth on, as in that release
 ) -> Features:
     "The mean prefix token and the mean patch token of every block for every image."
     size = size or encoder.patch_embed.img_size[0]
+    colours = encoder_statistics(encoder, statistics)
     means = []
     labels = []
     with evaluation_mode(encoder.to(device)):
         encoder.train(check_name(frozen, ('eval', 'train'), 'mode of the frozen blocks') == 'train')
         for x, y in images.batches(torch.arange(len(images)).split(batch)):
-            blocks = block_features(encoder, normalise(resize_only(x.to(device), size), statistics))
+            blocks = block_features(encoder, normalise(resize_only(x.to(device), size), colours))
             means.append(_pooled(blocks))
             labels.append(y)
     table = {entry: torch.cat([part[entry] for part in means]) for entry in means[0]}

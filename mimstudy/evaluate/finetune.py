@@ -14,7 +14,7 @@ from ..engine.datasets import ImageDataset
 from .features import evaluation_mode
 from ..parts.classifier import Classifier
 from ..parts.encoder import Encoder
-from ..parts.views import COLOUR_STATISTICS, denormalise, normalise, resize_only
+from ..parts.views import encoder_statistics, normalise, renormalise, resize_only
 
 # %% ../../nbs/evaluate/finetune.ipynb #1e271037
 FINETUNE_TOKENS = 'prefix', 'patch'
@@ -32,11 +32,11 @@ class FineTune(Classifier):
         cutmix: float = 1.0,  # α of cutmix (ConMIM Table 11); 0 for none
         smoothing: float = 0.1,  # label smoothing (ConMIM Table 11)
         head_scale: float = 0.001,  # factor of the head's initial weights (BEiT's and ConMIM's releases)
-        statistics: str = 'imagenet',  # of the normalisation; SemanticMIM's release has 'inception' for BEiT
+        statistics: str = 'encoder',  # of the normalisation; SemanticMIM's release has 'inception' for BEiT
     ):
         super().__init__(encoder, classes, mixup, cutmix, smoothing)
         self.token = check_name(token, FINETUNE_TOKENS, 'kind of token')
-        self.statistics = check_name(statistics, COLOUR_STATISTICS, 'statistics of colours')
+        self.statistics = encoder_statistics(encoder, statistics)
         with torch.no_grad():
             self.head.weight.mul_(head_scale)
 
@@ -45,9 +45,7 @@ class FineTune(Classifier):
         x: Tensor,  # (B,3,S,S) images, normalised with the statistics of ImageNet
     ) -> Tensor:  # (B,D)
         "The mean of the prefix or patch tokens of the last block, after a LayerNorm."
-        if self.statistics != 'imagenet':
-            x = normalise(denormalise(x), self.statistics)
-        z = self.encoder.forward_features(x)
+        z = self.encoder.forward_features(renormalise(x, self.statistics))
         P = self.encoder.P
         tokens = z[:, :P] if self.token == 'prefix' else z[:, P:]
         return self.encoder.fc_norm(tokens.mean(1))

@@ -18,7 +18,7 @@ from ..engine.datasets import ImageDataset
 from ..engine.segmentation_data import IGNORE_LABEL
 from .features import evaluation_mode, patch_maps, pixel_loss
 from ..parts.encoder import Encoder
-from ..parts.views import normalise, resize_only
+from ..parts.views import encoder_statistics, normalise, renormalise, resize_only
 
 # %% ../../nbs/evaluate/segmentation.ipynb #94e46739
 def linear_segmentation_head(
@@ -99,11 +99,11 @@ class Segmenter(Task):
 
     def maps(
         self,
-        x: Tensor,  # (B,3,S,S) normalised images
+        x: Tensor,  # (B,3,S,S) images, normalised with the statistics of ImageNet
     ) -> list[Tensor]:  # per block (B,D,gh,gw)
         "The frozen patch tokens of every block, at their positions in the image."
         with torch.no_grad():
-            return patch_maps(self.encoder, x)
+            return patch_maps(self.encoder, renormalise(x, encoder_statistics(self.encoder)))
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         "The sum of the losses of all heads; `batch.label` is a label map (B,S,S)."

@@ -15,6 +15,7 @@ from ..core.errors import StudyError
 from ..core.task import Batch, Task
 from .features import patch_maps, pixel_loss
 from ..parts.encoder import Encoder
+from ..parts.views import encoder_statistics, renormalise
 
 # %% ../../nbs/evaluate/upernet.ipynb #9421a9fa
 def pyramid(
@@ -69,10 +70,10 @@ class UperNet(Task):
 
     def maps(
         self,
-        x: Tensor,  # (B,3,S,S) normalised images
+        x: Tensor,  # (B,3,S,S) images, normalised with the statistics of ImageNet
     ) -> list[Tensor]:  # (B,D,·,·) with strides 4, 8, 16 and 32, for patches of 16 px
         "The feature pyramid."
-        patches = patch_maps(self.encoder, x)
+        patches = patch_maps(self.encoder, renormalise(x, encoder_statistics(self.encoder)))
         return [resize(patches[b]) for b, resize in zip(self.blocks, self.pyramid)]
 
     def logits(

@@ -49,4 +49,6 @@ def prepare_finetuning(
     if not relative:
         copy.norm = nn.Identity()
         copy.fc_norm = nn.LayerNorm(encoder.width, eps=1e-6)
+    if hasattr(encoder, 'pretrained_cfg'):
+        copy.pretrained_cfg = encoder.pretrained_cfg  # the statistics of its images
     return copy.to(encoder.cls_token.device).train(encoder.training)

@@ -20,7 +20,7 @@ from ..parts.encoder import Encoder
 from ..parts.timm_encoder import timm_encoder
 from .build import build_encoder
 from .encoder_files import WEIGHTS_FILE, load_encoder
-from .exchange import import_encoder
+from .imports import import_encoder
 from .row import labelled_images
 
 # %% ../../nbs/study/85_checkpoint_scores.ipynb #625e4b22
