@@ -29,7 +29,7 @@ step "ruff"
 ruff check nbs mimstudy tests
 
 step "pages are as new as their records"
-mimstudy report --check
+mimstudy report --check --results results
 
 step "every notebook, cell by cell"
 OMP_NUM_THREADS=1 nbdev-test --n-workers 2
