@@ -25,6 +25,10 @@ from .sweeps import sweep_figure
 from .comparisons import measured_columns
 from ..study.records import RecordStore, score_frame
 
+# %% ../../nbs/report/30_figures.ipynb #654b3f08
+if TYPE_CHECKING:  # PyTorch is needed for the attention of encoders only
+    from mimstudy.parts.encoder import Encoder
+
 # %% ../../nbs/report/30_figures.ipynb #c8c56a7d
 if TYPE_CHECKING:  # PyTorch is needed for the attention of encoders only
     from mimstudy.parts.encoder import Encoder

@@ -18,7 +18,7 @@ from ..core.errors import check_name
 from ..core.settings import resolve_device, settings
 from ..engine.config import short_hash
 from ..engine.dataset_catalogue import dataset_names
-from ..engine.datasets import fingerprint
+from ..engine.fingerprint import fingerprint
 from ..engine.files import write_atomic
 from ..papers.experiments import slug
 from .checkpoint_scores import checkpoint_scores, open_encoder
