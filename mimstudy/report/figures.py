@@ -23,7 +23,8 @@ from ..papers.tables import TABLES
 from .statistics import Estimate, TableRecords, table_records
 from .sweeps import sweep_figure
 from .comparisons import measured_columns
-from ..study.records import RecordStore, score_frame
+from ..study.records import RecordStore
+from ..study.score_frame import score_frame
 
 # %% ../../nbs/report/30_figures.ipynb #654b3f08
 if TYPE_CHECKING:  # PyTorch is needed for the attention of encoders only

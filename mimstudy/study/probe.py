@@ -25,7 +25,7 @@ from .checkpoint_scores import checkpoint_scores, open_encoder
 from .encoder_files import WEIGHTS_FILE
 from .provenance import provenance
 from .records import RecordStore
-from .row import evaluation_settings
+from .measured_run import evaluation_settings
 
 # %% ../../nbs/study/88_probe.ipynb #b928b1ca
 def find_encoder(

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from ..papers.own_tables import find_table, free_play
 from ..papers.table_classes import Table
 from .plan import FINISHED, plan
-from .records import RecordStore, score_frame
+from .records import RecordStore
+from .score_frame import score_frame
 from .row import evaluate_row, pretrain
 
 # %% ../../nbs/study/62_run_table.ipynb #cdbec9a3

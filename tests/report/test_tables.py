@@ -28,7 +28,7 @@ from mimstudy.report.pages import (
     write_readme,
     write_tables,
 )
-from mimstudy.report.sentences import all_sentences, answer, correction_sentence
+from mimstudy.report.sentences import all_sentences, answer, NAMED_COMPARISONS, correction_sentence
 from mimstudy.report.statistics import Estimate, table_records
 from mimstudy.report.cells import same_sign
 from mimstudy.report.tables import (
@@ -565,7 +565,8 @@ def test_a_page_counts_its_comparisons_and_names_those_that_are_left(filled):
         text = correction_sentence(table, records)
         kept = kept_after_correction(filled, table)
         assert f'{len(kept) or "none"} can be told apart' in text
-        assert text.count(' over ') == len(kept)
+        assert text.count(' over ') == (len(kept) if len(kept) <= NAMED_COMPARISONS else 0)
+        assert ('they are bold' in text) == (len(kept) > NAMED_COMPARISONS)
         assert f'- {text}' in page(table, records)
 
 

@@ -21,7 +21,7 @@ def trained_rows():
     found = {}
     for scale in SCALES:
         for table in TABLES.values():
-            for row in table.rows:
+            for row in table.measured:
                 one = table_experiment(table, row.name, scale)
                 if row.features == 'trained':
                     found.setdefault(one.train_id, one)

@@ -21,6 +21,7 @@ from mimstudy.study.build import build_encoder
 from mimstudy.study.encoder_files import save_encoder
 from mimstudy.study.records import FIELDS, RecordStore, read_record
 from mimstudy.study.records import record as new_record
+from mimstudy.study.score_frame import score_frame
 
 RESULTS = Path(__file__).resolve().parents[2] / 'results'
 
@@ -42,10 +43,11 @@ def test_find_and_frame(tmp_path):
     store.add(invented_record('semanticmim-t1/pixels', linear_0_pixels=5.0))
     assert [record['seed'] for record in store.find(row='beit')] == [0, 1, 2]
     assert len(store.find(row='beit', seed=2)) == 1
-    frame = store.frame(row='beit')
+    frame = score_frame(store.find(row='beit'))
     best = frame[frame.block == 'best']
     assert len(frame) == 6 and best.score.tolist() == [11.0, 12.0, 13.0] and set(best.best_block) == {1.0}
-    assert store.frame(row='maskfeat').empty and set(store.frame(row='pixels').token) == {'pixels'}
+    assert score_frame(store.find(row='maskfeat')).empty
+    assert set(score_frame(store.find(row='pixels')).token) == {'pixels'}
     with pytest.raises(StudyError, match='unknown field of a record "rows"'):
         store.find(rows='beit')
 
@@ -174,7 +176,7 @@ def test_what_a_file_holds_is_not_trusted(tmp_path, capsys, values, message):
     file.parent.mkdir()
     file.write_text(json.dumps(hostile(**values)))
     assert store.find() == []
-    assert store.frame().empty
+    assert score_frame(store.find()).empty
     errors = capsys.readouterr().err
     assert errors.count('\n') == 1 and message in errors, 'said once'
 
