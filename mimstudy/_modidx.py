@@ -1704,6 +1704,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'mimstudy/parts/timm_encoder.py'),
                                              'mimstudy.parts.timm_encoder._resized': ( 'parts/timm_encoder.html#_resized',
                                                                                        'mimstudy/parts/timm_encoder.py'),
+                                             'mimstudy.parts.timm_encoder.check_own_encoder': ( 'parts/timm_encoder.html#check_own_encoder',
+                                                                                                'mimstudy/parts/timm_encoder.py'),
                                              'mimstudy.parts.timm_encoder.check_timm_encoder': ( 'parts/timm_encoder.html#check_timm_encoder',
                                                                                                  'mimstudy/parts/timm_encoder.py'),
                                              'mimstudy.parts.timm_encoder.timm_encoder': ( 'parts/timm_encoder.html#timm_encoder',
