@@ -18,6 +18,7 @@ from ..engine.datasets import ImageDataset
 from ..engine.segmentation_data import IGNORE_LABEL
 from .features import evaluation_mode, patch_maps, pixel_loss
 from ..parts.encoder import Encoder
+from ..parts.timm_encoder import check_own_encoder
 from ..parts.views import encoder_statistics, normalise, renormalise, resize_only
 
 # %% ../../nbs/evaluate/segmentation.ipynb #94e46739
@@ -86,6 +87,7 @@ class Segmenter(Task):
         absent: str = 'skip',  # how the score treats absent classes, see `mean_iou`
     ):
         super().__init__()
+        check_own_encoder(encoder, 'segmentation')
         self.encoder = encoder.requires_grad_(False).eval()
         self.output_size = output_size
         self.absent = absent

@@ -15,6 +15,7 @@ from ..core.errors import StudyError
 from ..core.task import Batch, Task
 from .features import patch_maps, pixel_loss
 from ..parts.encoder import Encoder
+from ..parts.timm_encoder import check_own_encoder
 from ..parts.views import encoder_statistics, renormalise
 
 # %% ../../nbs/evaluate/upernet.ipynb #9421a9fa
@@ -52,6 +53,7 @@ class UperNet(Task):
         auxiliary_weight: float = 0.4,  # weight of the auxiliary head's loss
     ):
         super().__init__()
+        check_own_encoder(encoder, 'segmentation')
         self.encoder = encoder
         D = encoder.width
         if min(encoder.grid) < 2:

@@ -110,7 +110,10 @@ def build_method(
     from_data: dict | None = None,  # what `data_arguments` names: {'tokenizer': …} or {'classes': …}
     **options,  # of the constructor; a pathway is given by its name
 ) -> 'Task':
-    "Build a method by name; unknown names and options are a `StudyError` that lists similar ones."
+    "Build a method by name; an encoder of timm, unknown names and options are a `StudyError`."
+    from mimstudy.parts.timm_encoder import check_own_encoder
+
+    check_own_encoder(encoder, name)
     method = constructor(name)
     for option in options:
         check_name(option, method_options(name), f'option of {name}')

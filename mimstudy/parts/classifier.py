@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..core.errors import StudyError
 from ..core.task import Batch, Task
 from .encoder import Encoder
+from .timm_encoder import check_own_encoder
 
 # %% ../../nbs/parts/44_classifier.ipynb #9436f748
 def blend(
@@ -47,6 +48,7 @@ class Classifier(Task):
         smoothing: float = 0.1,  # label smoothing (DeiT)
     ):
         super().__init__()
+        check_own_encoder(encoder, 'a classifier that trains its encoder')
         self.encoder = encoder
         self.head = nn.Linear(encoder.width, classes)
         self.smoothing = smoothing

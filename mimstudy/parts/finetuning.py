@@ -11,6 +11,7 @@ from torch import nn
 from .encoder import Encoder
 from .position_embedding import resize_positions, resize_relative_table
 from .relative_encoder import RelativeEncoder
+from .timm_encoder import check_own_encoder
 
 # %% ../../nbs/parts/18_finetuning.ipynb #6aea10b6
 def _initial_weights(encoder, copy):
@@ -31,11 +32,12 @@ def _initial_weights(encoder, copy):
 
 @torch.no_grad()
 def prepare_finetuning(
-    encoder: Encoder,  # pre-trained, or a `RelativeEncoder`
+    encoder: Encoder,  # pre-trained, or a `RelativeEncoder`; another is a `StudyError`
     size: int | None = None,  # side of the images in pixels; that of the encoder by default
     drop_path: float | None = None,  # stochastic depth of the last block; that of the encoder by default
 ) -> Encoder:  # with `fc_norm` for a mean of tokens, and no norm before it
     "A copy of a pre-trained encoder in the form in which fine-tuning starts (BEiT's and ConMIM's releases)."
+    check_own_encoder(encoder, 'fine-tuning or segmentation')
     config = dict(encoder.config)
     if size is not None:
         config['size'] = size

@@ -18,6 +18,7 @@ from ..core.errors import StudyError
 from ..engine.files import write_atomic
 from ..parts.encoder import Encoder
 from ..parts.relative_encoder import RelativeEncoder
+from ..parts.timm_encoder import check_own_encoder
 from ..parts.views import encoder_statistics
 from .checkpoint_files import describe
 
@@ -43,6 +44,7 @@ def save_encoder(
     dtype: torch.dtype = torch.float32,  # of the stored weights
 ) -> Path:  # the file of weights
     "Write `encoder.safetensors` and `config.json`, with the statistics of its images, into `folder`."
+    check_own_encoder(encoder, 'a file of an encoder')
     state = encoder.state_dict()
     weights = {name: w.detach().cpu().to(dtype).contiguous() for name, w in state.items()}
     header = {'kind': type(encoder).__name__, 'encoder': json.dumps(encoder.config)}

@@ -10,6 +10,7 @@ from mimstudy.methods.beit import beit
 from mimstudy.parts.masks import make_mask
 from mimstudy.parts.pathways import Substitute
 from mimstudy.parts.relative_encoder import RelativeEncoder
+from mimstudy.study.task_imports import load_official, task_tensors
 
 
 class StoredCodes(torch.nn.Module):
@@ -25,19 +26,6 @@ class StoredCodes(torch.nn.Module):
         return self.ids.view(-1, 8, 8)
 
 
-def translated(state):
-    "Official names -> ours."
-    ours = {}
-    for name, value in state.items():
-        if name == 'mask_token':
-            ours['pathway.mask_token'] = value
-        elif name.startswith('lm_head.'):
-            ours[name.replace('lm_head.', 'head.')] = value
-        else:
-            ours[f'pathway.encoder.{name}'] = value
-    return ours
-
-
 @pytest.fixture(scope='module')
 def case(golden):
     g = golden('beit')
@@ -46,8 +34,7 @@ def case(golden):
         StoredCodes(g['ids'].long()),
         pathway=Substitute,
     )
-    missing, unexpected = task.load_state_dict(translated(sub(g, 'model.')), strict=False)
-    assert not unexpected and all(k.endswith(('relative_position_index', 'k_bias')) for k in missing)
+    load_official(task, sub(g, 'model.'))
     return g, task, Batch([g['images'].float()], make_mask(g['mask'].bool().flatten(1)))
 
 
@@ -71,7 +58,7 @@ def test_loss_and_gradients(case):
     loss = task(batch, 0.0)['loss']
     loss.backward()
     assert_close(loss.detach(), g['loss'])
-    ours, theirs = dict(task.named_parameters()), translated(sub(g, 'grad.'))
+    ours, theirs = dict(task.named_parameters()), task_tensors(sub(g, 'grad.'), task)
     assert len(theirs) == 39
     for name, grad in theirs.items():
         assert_close(ours[name].grad, grad)

@@ -10,42 +10,21 @@ from mimstudy.methods.conmim import conmim
 from mimstudy.parts.ema import ema_update
 from mimstudy.parts.masks import make_mask
 from mimstudy.parts.relative_encoder import RelativeEncoder
-
-
-def translated(state, encoder='pathway.encoder.', head='head.'):
-    "Official names -> ours; the mask token belongs to the pathway."
-    ours = {}
-    for name, value in state.items():
-        if name == 'mask_token':
-            ours['pathway.mask_token'] = value
-        elif name.startswith('projectors.'):
-            ours[head + name.removeprefix('projectors.')] = value
-        else:
-            ours[encoder + name] = value
-    return ours
-
-
-def translated_teacher(state):
-    "Official names of the teacher -> ours; its mask token is not used."
-    state = {name: value for name, value in state.items() if name != 'mask_token'}
-    return translated(state, 'target.teacher.encoder.', 'target.teacher.head.')
+from mimstudy.study.task_imports import load_official, task_tensors, teacher_tensors
 
 
 def build(g):
     "A task with the stored weights, and the stored batch."
     task = conmim(RelativeEncoder(size=112, patch=8, width=32, depth=2, heads=4), hidden=64, out=16)
-    state = translated(sub(g, 'student.')) | translated_teacher(sub(g, 'teacher.'))
-    missing, unexpected = task.load_state_dict(state, strict=False)
-    constants = ('num_batches_tracked', 'relative_position_index', 'k_bias')  # not in the official files
-    assert not unexpected and all(name.endswith(constants) for name in missing), (missing, unexpected)
+    load_official(task, sub(g, 'student.'), teacher=sub(g, 'teacher.'))
     batch = Batch([g['samples'].float(), g['samples_aug'].float()], make_mask(g['mask'].flatten(1)))
     return task, batch
 
 
 def check_batch_norm_statistics(task, g):
     ours = dict(task.named_buffers())
-    student = translated(sub(g, 'train.student_buffer.'))
-    teacher = translated_teacher(sub(g, 'train.teacher_buffer.'))
+    student = task_tensors(sub(g, 'train.student_buffer.'), task)
+    teacher = teacher_tensors(task_tensors(sub(g, 'train.teacher_buffer.'), task))
     assert student and teacher
     for name, value in (student | teacher).items():
         assert_close(ours[name], value)
@@ -84,7 +63,7 @@ def test_training_step(g):
     loss.backward()
     assert_close(loss.detach(), g['train.loss'])
     ours = dict(task.named_parameters())
-    for name, grad in translated(sub(g, 'grad.')).items():
+    for name, grad in task_tensors(sub(g, 'grad.'), task).items():
         if name == 'pathway.encoder.norm.bias':
             assert ours[name].grad.abs().max() < 1e-6  # batch norm removes a constant: zero
         else:
@@ -105,7 +84,7 @@ def test_ema_update_of_the_teacher(g):
     for teacher, student in zip(task.target.teacher.values(), task.target.teacher.students):
         ema_update(teacher, student, 0.996)
     ours = dict(task.named_parameters())
-    updated = translated_teacher(sub(g, 'ema996.'))
+    updated = teacher_tensors(task_tensors(sub(g, 'ema996.'), task))
     assert updated
     for name, value in updated.items():
         assert_close(ours[name].detach(), value)

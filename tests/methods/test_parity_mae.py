@@ -10,27 +10,7 @@ from mimstudy.parts.encoder import Encoder
 from mimstudy.parts.losses import masked_mse
 from mimstudy.parts.masks import gather, make_mask
 from mimstudy.parts.targets import Pixels, patchify
-
-
-DECODER = {  # official prefix -> ours; every other name belongs to the encoder
-    'mask_token': 'pathway.mask_token',
-    'decoder_embed.': 'pathway.decoder_embed.',
-    'decoder_blocks.': 'pathway.blocks.',
-    'decoder_norm.': 'pathway.norm.',
-    'decoder_pred.': 'head.',
-}
-
-
-def translated(state):
-    "Official names -> ours, without the fixed position embeddings of the decoder."
-    ours = {}
-    for name, value in state.items():
-        if name == 'decoder_pos_embed':
-            continue
-        official = next((prefix for prefix in DECODER if name.startswith(prefix)), '')
-        prefix = DECODER.get(official, 'pathway.encoder.')
-        ours[prefix + name.removeprefix(official)] = value
-    return ours
+from mimstudy.study.task_imports import load_official, task_tensors
 
 
 @pytest.fixture(scope='module')
@@ -38,7 +18,7 @@ def case(golden):
     g = golden('mae')
     encoder = Encoder(size=64, patch=8, width=32, depth=2, heads=4, mlp_ratio=2)
     task = mae(encoder, norm=False, width=24, depth=1, heads=4)
-    task.load_state_dict(translated(sub(g, 'model.')))
+    load_official(task, sub(g, 'model.'))
     return g, task, Batch([g['images'].float()], make_mask(g['mask'].bool()))
 
 
@@ -68,7 +48,7 @@ def test_gradients(case):
     g, task, batch = case
     task.zero_grad()
     task(batch, 0.0)['loss'].backward()
-    ours, theirs = dict(task.named_parameters()), translated(sub(g, 'grad.'))
+    ours, theirs = dict(task.named_parameters()), task_tensors(sub(g, 'grad.'), task)
     for name, grad in theirs.items():
         assert_close(ours[name].grad, grad, rel=1e-5)
     assert {n for n, p in ours.items() if p.grad is not None} == set(theirs)

@@ -25,6 +25,9 @@ from mimstudy.parts.finetuning import prepare_finetuning
 from mimstudy.parts.relative_encoder import RelativeEncoder
 from mimstudy.parts.views import normalise
 from mimstudy.cli.commands import app
+from mimstudy.methods.catalogue import build_method
+from mimstudy.papers.downstream import downstream_config
+from mimstudy.study.downstream import build_downstream
 from mimstudy.study.exports import export_encoder, write_timm
 from mimstudy.study.imports import import_encoder
 from mimstudy.study.timm_models import open_timm
@@ -643,6 +646,25 @@ def test_golden_others(golden, tmp_path, name, prefix):
 
 
 # what is refused
+
+
+@pytest.mark.parametrize('name', ['vit_base_patch16_siglip_224', 'vit_small_patch14_reg4_dinov2'])
+def test_an_encoder_that_stayed_a_model_of_timm_is_not_trained_further(name, tmp_path):
+    "Fine-tuning, segmentation, methods and files of encoders refuse it in one line."
+    encoder = import_encoder(timm_model(name).state_dict()).encoder
+    for use in (
+        lambda: prepare_finetuning(encoder),
+        lambda: build_downstream(downstream_config('conmim_finetune_b16'), encoder, 3),
+        lambda: FineTune(encoder, 3),
+        lambda: Segmenter(encoder, 3),
+        lambda: UperNet(encoder, 3, channels=8),
+        lambda: build_method('conmim', encoder),
+        lambda: save_encoder(encoder, tmp_path, {}),
+    ):
+        with pytest.raises(StudyError, match='needs an encoder of this study, not a .* of timm') as error:
+            use()
+        assert len(str(error.value).splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 class Trap:

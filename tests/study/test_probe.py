@@ -4,6 +4,8 @@ import json
 
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mimstudy.core.errors import StudyError
 from mimstudy.papers.experiments import experiment
@@ -11,6 +13,7 @@ from mimstudy.study.build import build_encoder
 from mimstudy.study.encoder_files import save_encoder
 from mimstudy.study.probe import block_table, find_encoder, probe
 from mimstudy.study.records import RecordStore
+from mimstudy.study.timm_models import open_timm
 
 
 def test_a_run_is_found_by_its_name(tmp_path):
@@ -59,3 +62,18 @@ def test_a_probe_of_a_run_has_the_scores_of_its_row_and_is_no_record(tmp_path):
     kept = json.loads(file.read_text())
     assert kept['scores'] == {k: v for k, v in record['scores'].items() if not k.endswith('/block')}
     assert kept['n_val'] == record['n_val'] and kept['evaluation']['knn'] == record['evaluation']
+
+
+@pytest.mark.slow
+def test_a_file_without_a_class_token_is_imported_and_probed(tmp_path):
+    "The image tower of SigLIP: every block has scores of its patch tokens, and of no prefix tokens."
+    torch.manual_seed(0)
+    shape = dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2)
+    model = open_timm('vit_base_patch16_siglip_224', shape)
+    save_file(model.state_dict(), tmp_path / 'siglip.safetensors')
+    table, file = probe(str(tmp_path / 'siglip.safetensors'), 'scenes', RecordStore(tmp_path), per_class=2)
+    assert list(table.index) == ['1', '2', 'best'] and set(table.columns) == {
+        ('linear', 'patch'),
+        ('knn', 'patch'),
+    }
+    assert table.notna().all(axis=None) and file.parent == tmp_path / 'probes'
