@@ -189,11 +189,12 @@ def cache_file(
 
 def load_cached(
     file: Path | None,  # from `cache_file`
+    names: Sequence[str] = (),  # of tensors; all by default
 ) -> tuple[dict, dict] | None:  # tensors and plain values; None if the file is missing or damaged
     "What the cache holds."
     try:
         with safe_open(file, 'pt') as saved:
-            tensors = {name: saved.get_tensor(name) for name in saved.keys()}
+            tensors = {name: saved.get_tensor(name) for name in names or saved.keys()}
             return tensors, {name: json.loads(text) for name, text in saved.metadata().items()}
     except (OSError, SafetensorError, TypeError, ValueError, AttributeError):
         return None

@@ -26,7 +26,6 @@ from ..engine.train import peak_memory, train
 from ..engine.training_log import report_message, report_warnings
 from ..evaluate.catalogue import evaluate
 from ..papers.experiments import Experiment
-from ..papers.scales import SCALES
 from ..papers.table_classes import PROBES
 from ..parts.encoder import Encoder
 from .measured_run import evaluation_settings, training_usage
@@ -39,6 +38,7 @@ from mimstudy.study.build import (
 from .changed_images import SEPARATOR, claim_folder, images_fingerprint
 from .downstream import check_downstream, train_downstream
 from .encoder_files import save_encoder
+from .image_check import check_batch, check_classes_agree
 from .records import RecordStore, record
 
 # %% ../../nbs/study/35_row.ipynb #4de0d3fe
@@ -76,7 +76,7 @@ def load_training_images(
     if data.views not in SEPARATE_CROPS:
         crop = RandomCrop(data.crop, flip=data.flip, seed=experiment.seed)
     images = load_dataset(data.dataset, 'train', data.size, data.per_class, crop=crop)
-    _check_batch(experiment, len(images))
+    check_batch(experiment, len(images))
     if images.classes != [NO_CLASSES]:
         load_probe_images(experiment)
     return images
@@ -90,12 +90,7 @@ def labelled_images(
     "The labelled images of the probes; a `StudyError` for broken images and for labels that do not fit."
     images = load_dataset(dataset, 'train', size, per_class)
     val = load_dataset(dataset, 'val', size, strict=True)
-    if images.classes != val.classes:
-        differing = sorted({*images.classes} ^ {*val.classes})
-        raise StudyError(
-            f'the classes of {dataset} differ between training and validation images: '
-            f'{", ".join(differing[:4])}'
-        )
+    check_classes_agree(dataset, images.classes, val.classes)
     if len(images.classes) < 2:
         raise StudyError(f'{dataset} has one class, "{images.classes[0]}"; a probe needs at least two')
     return images, val
@@ -107,26 +102,6 @@ def load_probe_images(
     "The labelled images of an experiment's probes, as `labelled_images` reads them."
     data = experiment.config.data
     return labelled_images(data.dataset, data.size, data.per_class)
-
-
-def _check_batch(experiment, images):
-    "Raise a `StudyError` if the images do not fill one batch of every training on them."
-    further = [config for config in experiment.configs[1:] if config.data.dataset == experiment.dataset]
-    for config in further:
-        if experiment.config.optim.batch <= images < config.optim.batch:
-            raise StudyError(
-                f'{experiment.dataset} has {images} training images, and {config.name} trains with batches '
-                f'of {config.optim.batch} at {experiment.scale} scale'
-            )
-    batch = experiment.config.optim.batch
-    if images >= batch:
-        return
-    smaller = [name for name, scale in SCALES.items() if scale.optim and scale.optim['batch'] <= images]
-    advice = f'; the scale {smaller[0]} would fit' if smaller else ''
-    raise StudyError(
-        f'{experiment.dataset} has {images} training images, and {experiment.scale} scale trains with '
-        f'batches of {batch}{advice}'
-    )
 
 # %% ../../nbs/study/35_row.ipynb #ccfe2bc5
 @report_warnings()

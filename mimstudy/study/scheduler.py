@@ -24,6 +24,7 @@ from ..engine.files import report_write_errors
 from ..papers.experiments import Experiment
 from ..papers.own_tables import change_text
 from .changed_images import is_done
+from .image_check import check_images
 from .plan import FAILURE_FILE, FINISHED, Step, check_datasets, row_folder, title
 from .processes import ProcessGroup, child_environment, execute, run_notebook
 from .progress import ProgressDisplay
@@ -202,7 +203,10 @@ def run(
     if experiments:
         store.check_writable()
     check_datasets(dict.fromkeys(config.data.dataset for one in experiments for config in one.configs))
+    notes = check_images(experiments)
     display = ProgressDisplay(len(experiments))
+    for note in notes:
+        display.keep(note)
     with TemporaryDirectory() as folder:
         env = child_environment(folder, jobs)
         shared = Run(store, env, display, ProcessGroup(), experiments)
