@@ -7,6 +7,7 @@ __all__ = ['TOKEN_NAMES', 'OFFSET', 'REFERENCES', 'VARIANTS', 'blocks_figure', '
            'available_encoders', 'semanticmim_figure_7', 'write_figures']
 
 # %% ../../nbs/report/30_figures.ipynb #bbd70a32
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,10 +25,6 @@ from .statistics import Estimate, TableRecords, table_records
 from .sweeps import sweep_figure
 from .comparisons import measured_columns
 from ..study.records import RecordStore, score_frame
-
-# %% ../../nbs/report/30_figures.ipynb #654b3f08
-if TYPE_CHECKING:  # PyTorch is needed for the attention of encoders only
-    from mimstudy.parts.encoder import Encoder
 
 # %% ../../nbs/report/30_figures.ipynb #c8c56a7d
 if TYPE_CHECKING:  # PyTorch is needed for the attention of encoders only
@@ -154,11 +151,12 @@ def available_encoders(
     scale: str,
     dataset: str = '',
     seed: int = 0,
+    rows: Sequence[str] = (),  # names; by default those that a paper has
 ) -> dict[str, 'Encoder']:  # label of a row -> its encoder
-    "The trained encoders of the rows that a paper has, from the runs on this machine or as published."
+    "The trained encoders of rows, from the runs on this machine or as published."
     found = {}
     for row in table.rows:
-        if row.features != 'trained' or not row.paper:
+        if row.features != 'trained' or not (row.name in rows if rows else row.paper):
             continue
         one = table_experiment(table, row.name, scale, dataset, seed)
         try:
