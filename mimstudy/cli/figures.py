@@ -18,11 +18,11 @@ from ..core.errors import StudyError, check_name
 def _measure(store, scale, data):
     "Measure every encoder that is here and has not been measured."
     from mimstudy.report.encoder_figures import figure_encoders
-    from mimstudy.report.measures import METHODS, measures_file, save_measures
+    from mimstudy.report.measures import METHODS, find_measures, save_measures
 
     for seed in range(10):
         for row in METHODS.rows:
-            if row.features == 'pixels' or measures_file(store, row.name, seed, scale, data).is_file():
+            if row.features == 'pixels' or find_measures(store, row.name, seed, scale, data):
                 continue
             rows = (row.name, 'beit') if row.features == 'random' else (row.name,)
             encoder = figure_encoders(store, rows, scale, data, seed).get(row.label)

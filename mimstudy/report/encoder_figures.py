@@ -283,6 +283,8 @@ def caption(
         first = 'These encoders do not show what the paper shows'
     elif CANNOT_TELL in verdicts:
         first = 'These encoders do not show clearly what the paper shows'
+    elif any(one.verdict != AGREES for one in own):
+        first = 'These encoders hint at what the paper shows'
     else:
         first = 'These encoders show what the paper shows'
     order = [DISAGREES, CANNOT_TELL, AGREES]

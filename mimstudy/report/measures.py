@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'FOLDER', 'MEASURE_CLAIMS', 'AGREES', 'DISAGREES', 'CANNOT_TELL', 'GROUPS', 'LEGEND', 'Measured',
-           'measures_file', 'save_measures', 'read_measures', 'MeasureClaim', 'MeasureFinding', 'measure_findings',
-           'finding_text', 'measures_page', 'measures_csv']
+           'measures_file', 'find_measures', 'publish_measures', 'save_measures', 'read_measures', 'MeasureClaim',
+           'MeasureFinding', 'measure_findings', 'finding_text', 'measures_page', 'measures_csv']
 
 # %% ../../nbs/report/37_measures.ipynb #625f1515
 import json
@@ -49,6 +49,33 @@ def measures_file(
     return store.root / FOLDER / f'{train_id}.json'
 
 
+def find_measures(
+    store: RecordStore,
+    row: str,  # of `METHODS`
+    seed: int,
+    scale: str,
+    dataset: str,
+) -> Path | None:  # None if this encoder has not been measured
+    "The measures of an encoder, of this results folder or published."
+    stores = [store, store.published] if store.published else [store]
+    files = [measures_file(one, row, seed, scale, dataset) for one in stores]
+    return next((file for file in files if file.is_file()), None)
+
+
+def publish_measures(
+    store: RecordStore,
+    to: RecordStore,  # the folder that git tracks
+) -> list[Path]:  # the files that were written
+    "Copy all measures that are in a results folder."
+    files = sorted((store.root / FOLDER).glob('*.json'))
+    return [
+        write_atomic(
+            to.root / FOLDER / file.name, lambda path, file=file: path.write_bytes(file.read_bytes())
+        )
+        for file in files
+    ]
+
+
 def save_measures(
     encoder: 'Encoder',
     store: RecordStore,
@@ -76,8 +103,8 @@ def read_measures(
     found = []
     for row in METHODS.rows:
         for seed in range(seeds):
-            file = None if row.features == 'pixels' else measures_file(store, row.name, seed, scale, dataset)
-            if file and file.is_file():
+            file = row.features != 'pixels' and find_measures(store, row.name, seed, scale, dataset)
+            if file:
                 values = json.loads(file.read_text('utf-8'))['measures']
                 found.append(Measured(row.name, seed, {name: tuple(v) for name, v in values.items()}))
     return found
@@ -225,7 +252,10 @@ def _cell(own, measure):
 
 def _comparison(claim):
     "'BEiT + SemanticMIM − BEiT', or 'BEiT + SemanticMIM − 0.5'."
-    less = claim.against and _label(claim.against) or (f'{claim.bound:g}' if claim.bound else '')
+    less = f'{claim.bound:g}' if claim.bound else ''
+    if claim.against:
+        label = _label(claim.against)
+        less = f'({label})' if '+' in label else label
     return _label(claim.row) + (f' − {less}' if less else '')
 
 
@@ -263,7 +293,8 @@ def measures_page(
     }
     number = ', '.join(f'{kind} {count}' for kind, count in counts.items())
     parts = ['# All measures by method', '## Answer', f'{len(findings)} claims are measured: {number}.']
-    parts += [f'- {finding_text(one)} ({one.claim.place}).' for one in findings if DISAGREES in one.verdict]
+    against = [one for one in findings if one.verdict.startswith(DISAGREES)]
+    parts.append('\n'.join(f'- {finding_text(one)} ({one.claim.place}).' for one in against))
     parts += ['## What the papers claim, and what is measured', _claims_table(findings)]
     parts.append(
         "Intervals treat the images of two methods as independent. Verdicts are corrected for the number of "
@@ -278,7 +309,7 @@ def measures_page(
             lines.append([_label(row), *(_cell(own, measure) for measure in measures)])
         parts += [f'## {title}', markdown_table(['', *measures], lines)]
     parts.append(LEGEND.format(scale=scale, dataset=dataset))
-    return '\n\n'.join(parts) + '\n'
+    return '\n\n'.join(part for part in parts if part) + '\n'
 
 
 def measures_csv(
