@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .attention import prefix_count, prefix_maps, query_maps
-from .attention_figures import attention_of, common_grid, quarter_queries
+from .attention_figures import attention_of, common_grid, in_lines, quarter_queries
 from .attention_sets import OverImages, ProxyRegions, encoder_input
 from ..core.figure_style import new_axes
 from ..core.plotting import add_references, legend_beside, show_heatmaps
@@ -31,7 +31,8 @@ def prefix_figure(
     for encoder in encoders.values():
         weights = attention_of(encoder, images, block)
         maps.append(prefix_maps(weights, prefix_count(weights, grid), grid).mean(1).cpu())
-    return show_heatmaps(images, torch.stack(maps), rows=['image', *encoders], label='attention to a patch')
+    rows = ['image', *map(in_lines, encoders)]
+    return show_heatmaps(images, torch.stack(maps), rows=rows, label='attention to a patch')
 
 # %% ../../nbs/analysis/attention_depth_figures.ipynb #a0dbe99b
 def depth_figure(

@@ -14,6 +14,7 @@ import mimstudy as package  # `from mimstudy import …` would be changed by nbd
 from .dataset_report import show_data
 from .listing import LISTS, list_lines
 from .reports import check, report
+from .figures import figures
 from .exchange import export, import_file, publish
 from mimstudy.cli.options import (
     Commands,
@@ -72,6 +73,7 @@ app.command('status', cls=SeveralValuesCommand)(show_status)
 # %% ../../nbs/cli/50_commands.ipynb #a06c5827
 app.command('report')(report)
 app.command('check')(check)
+app.command('figures')(figures)
 
 # %% ../../nbs/cli/50_commands.ipynb #199e71d4
 app.command('probe', cls=SeveralValuesCommand)(probe)

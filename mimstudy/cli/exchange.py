@@ -53,20 +53,24 @@ def export(
 
 def publish(
     names: Annotated[
-        list[str], typer.Argument(help='tables, for their records, or folders in runs, for their encoders')
+        list[str], typer.Argument(help='tables, for records, folders in runs, for encoders, or measures')
     ],
     results: ResultsFolder = None,
 ):
     "Copy records of tables, or encoders of runs, to where git tracks them; then: report --results results"
     from mimstudy.core.settings import settings
     from mimstudy.papers.tables import TABLES
+    from mimstudy.report.measures import publish_measures
     from mimstudy.study.records import RecordStore
 
     store, target = RecordStore(results), settings().published
     if target is None:
         raise StudyError('there is no folder of published records; set [study] published in settings.ini')
     for name in names:
-        if name in TABLES:
+        if name == 'measures':
+            written = publish_measures(store, RecordStore(target))
+            typer.echo(f'{name}: {len(written)} files copied to {typed_path(target / name)}')
+        elif name in TABLES:
             written = store.publish_records(name, RecordStore(target))
             typer.echo(f'{name}: {len(written)} records copied to {typed_path(target / "scores")}')
         else:

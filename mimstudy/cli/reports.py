@@ -15,22 +15,27 @@ from .summaries import typed_path, write_report
 
 # %% ../../nbs/cli/40_reports.ipynb #68b70397
 def _check_pages(store, readme):
-    "Name every page that is older than its records; exit with 1 if there is one."
+    "Name every page and figure that is older than its records or encoders; exit with 1 if there is one."
+    from mimstudy.report.encoder_figures import stale_figures
+    from mimstudy.report.figures import figure_folder
     from mimstudy.report.pages import readme_text, stale_pages
 
     stale = stale_pages(store)
+    drawn = stale_figures(store, figure_folder(store))
     if readme and readme.read_text('utf-8') != readme_text(store, readme):
         stale.append(readme)
     for file in stale:
         typer.echo(f'older than its records: {typed_path(file)}; mimstudy report writes it', err=True)
-    raise typer.Exit(bool(stale))
+    for file in drawn:
+        typer.echo(f'older than its encoders: {typed_path(file)}; mimstudy figures draws it', err=True)
+    raise typer.Exit(bool(stale or drawn))
 
 
 def report(
     table: Annotated[str, typer.Argument(help='FILE.py:NAME, a table of your own', show_default='none')] = '',
     results: ResultsFolder = None,
     check: Annotated[
-        bool, typer.Option('--check', help='write nothing; fail if a page is older than its records')
+        bool, typer.Option('--check', help='write nothing; fail if a page or a figure is out of date')
     ] = False,
 ):
     "Write tables, claims and figures from records; for those that git tracks, also the README's results."

@@ -44,15 +44,13 @@ def write_report(
     table=None,  # a `Table` that is not a declared one
 ) -> list[Path]:  # the files that were written
     "Write the pages of all tables and their figures; the figures of what git tracks have a folder."
-    from mimstudy.core.settings import settings
     from mimstudy.papers.tables import TABLES
-    from mimstudy.report.figures import write_figures
+    from mimstudy.report.figures import figure_folder, write_figures
     from mimstudy.report.pages import pages, write_tables
 
     tables = TABLES | ({table.name: table} if table else {})
-    tracked = store.root.resolve() == settings().published
-    figures = settings().figures if tracked else store.root / 'figures'
-    return write_tables(store, tables=tables) + write_figures(store, figures, pages(store, tables), tables)
+    figures = write_figures(store, figure_folder(store), pages(store, tables), tables)
+    return write_tables(store, tables=tables) + figures
 
 
 def show_result(
@@ -68,7 +66,6 @@ def show_result(
     names = {
         f'{table.name}-{place}.md': 'page',
         f'{table.name}-{place}.png': 'scores',
-        f'semanticmim-fig7-{place}.png': 'attention',
     }
     files = [(names[file.name], file) for file in write_report(store, table) if file.name in names]
     files += [('records', store.root / 'scores'), ('notebooks', store.root / 'runs')]

@@ -13,6 +13,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 # %% ../../nbs/core/38_figure_style.ipynb #a7a053f2
 WIDTH = 9.0  # of a figure, in inches
@@ -43,9 +44,13 @@ class NotebookFigure(Figure):
     def png(
         self,
         dpi: int = DPI,  # dots an inch; `PAGE_DPI` for a file of its own
+        about: dict[str, str] | None = None,  # texts that the file holds, name -> text
     ) -> bytes:
         "The figure as an optimised PNG in full colour."
-        return _encoded(self, dpi, 'PNG', optimize=True)
+        info = PngInfo()
+        for name, text in (about or {}).items():
+            info.add_text(name, text)
+        return _encoded(self, dpi, 'PNG', optimize=True, pnginfo=info)
 
     def _ipython_display_(self):
         from IPython.display import Image as Shown, display
@@ -59,6 +64,7 @@ class NotebookFigure(Figure):
 def _encoded(figure, dpi, kind, **options):
     "The bytes of a figure as an image file."
     drawn, packed = BytesIO(), BytesIO()
+    figure.draw_without_rendering()  # the layout settles in the second pass
     figure.savefig(drawn, format='png', dpi=dpi)
     Image.open(drawn).convert('RGB').save(packed, kind, **options)
     return packed.getvalue()

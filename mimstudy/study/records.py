@@ -269,15 +269,19 @@ class RecordStore:
         "The folder of a training: checkpoints, log and encoder. It need not exist yet."
         return self.root / 'runs' / train_id
 
-    def encoder(self, train_id: str) -> 'Encoder':
-        "The encoder of a finished pre-training, of its run or a published one; a `StudyError` for none."
-        from mimstudy.study.encoder_files import WEIGHTS_FILE, load_encoder
-
+    def encoder_file(self, train_id: str) -> Path:
+        "The weights of a finished pre-training, of its run or published; it exists if there are any."
         folders = [self.run_folder(train_id), self.root / 'encoders' / train_id]
         if self.published:
             folders.append(self.published.root / 'encoders' / train_id)
-        existing = (folder for folder in folders if (folder / WEIGHTS_FILE).is_file())
-        return load_encoder(next(existing, folders[0]))
+        files = [folder / 'encoder.safetensors' for folder in folders]
+        return next((file for file in files if file.is_file()), files[0])
+
+    def encoder(self, train_id: str) -> 'Encoder':
+        "The encoder of a finished pre-training, of its run or a published one; a `StudyError` for none."
+        from mimstudy.study.encoder_files import load_encoder
+
+        return load_encoder(self.encoder_file(train_id).parent)
 
     def publish_records(
         self,
