@@ -20,7 +20,7 @@ from ..parts.encoder import Encoder
 from ..parts.relative_encoder import RelativeEncoder
 from .encoder_files import CONFIG_FILE, WEIGHTS_FILE, load_encoder, statistics_values
 from .model_card import model_card, pooling_note
-from .plan import status
+from .plan import FINISHED, status
 from .provenance import provenance
 from .records import RecordStore
 
@@ -161,11 +161,13 @@ def encoder_folder(
     name = experiment.name
     if experiment.features != 'trained':
         raise StudyError(f'{name} evaluates {experiment.features} features; no encoder is trained for it')
-    for folder in (store.run_folder(experiment.train_id), store.root / 'encoders' / experiment.train_id):
-        if (folder / WEIGHTS_FILE).is_file():
-            return folder
+    for one in [store, store.published] if store.published else [store]:
+        for kind in ('runs', 'encoders'):
+            folder = one.root / kind / experiment.train_id
+            if (folder / WEIGHTS_FILE).is_file():
+                return folder
     state, command = 'is not trained', run_command(experiment)
-    if store.done(experiment):  # the command would find nothing to do
+    if status(experiment, store) in FINISHED:  # the command would find nothing to do
         state, command = 'has scores but no encoder', f'{command} --results DIR'
     elif status(experiment, store) == 'resumable':
         state = 'is not trained to the end'

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from mimstudy.cli.commands import app
+from mimstudy.core.errors import StudyError
 from mimstudy.parts.encoder import Encoder, block_features
 from mimstudy.parts.relative_encoder import RelativeEncoder
 from mimstudy.study.encoder_files import save_encoder
@@ -231,16 +232,26 @@ def test_a_row_with_records_alone(tmp_path):
     store.add(record(row, 'knn', {'knn/best/patch': 1.0}, 10))
     for file in store.run_folder(row.train_id).iterdir():
         file.unlink()
-    with pytest.raises(Exception, match='has scores but no encoder .* --results DIR'):
+    with pytest.raises(StudyError, match='has scores but no encoder .* --results DIR'):
         encoder_folder(row, store)
 
 
 def test_a_published_encoder_is_found(tmp_path):
-    store, row = trained_row(tmp_path)
-    store.publish(row.train_id)
-    for file in store.run_folder(row.train_id).iterdir():
-        file.unlink()
-    assert encoder_folder(row, store).parent.name == 'encoders'
+    "Also if its records are published and nothing of the row is in the own folder."
+    store, row = trained_row(tmp_path / 'own')
+    published = RecordStore(tmp_path / 'published')
+    store.publish_encoder(row.train_id, published)
+    fresh = RecordStore(tmp_path / 'fresh')
+    fresh.published = published
+    folder = encoder_folder(row, fresh)
+    assert folder == tmp_path / 'published' / 'encoders' / row.train_id
+    (folder / 'encoder.safetensors').unlink()
+    with pytest.raises(StudyError, match='beit is not trained in fresh'):
+        encoder_folder(row, fresh)
+    for protocol in row.protocols:
+        published.add(record(row, protocol, {f'{protocol}/best/patch': 1.0}, 10))
+    with pytest.raises(StudyError, match='has scores but no encoder .* --results DIR'):
+        encoder_folder(row, fresh)
 
 
 def test_the_folder_of_a_rows_notebook_says_where_its_encoder_is(tmp_path):
