@@ -78,6 +78,7 @@ LAYERS = dict(
         'analysis',
         'papers',
         'study.records',
+        'study.score_frame',
         'study.encoder_files',
         'study.provenance',
         'engine.files',

@@ -114,7 +114,7 @@ ResultsFolder = Annotated[
     typer.Option('--results', help='folder of records and runs', show_default='results/local, or results'),
 ]
 TableNames = Annotated[
-    list[str], typer.Argument(help='tables (mimstudy list tables), all, or FILE.py:NAME', metavar='TABLE...')
+    list[str], typer.Argument(help='tables (mimstudy list tables), all, or FILE.py:NAME', metavar='TABLES')
 ]
 
 

@@ -32,7 +32,7 @@ def read_event(
 
 # %% ../../nbs/study/45_progress.ipynb #2f7d7648
 class ProgressDisplay:
-    "One bar over all rows in a terminal, plain lines elsewhere."
+    "One line over all rows in a terminal, with the share that is done; plain lines elsewhere."
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class ProgressDisplay:
         self.current = {}  # row -> (trainings finished, name of the current one)
         self.bar = None
         if self.file.isatty() and os.environ.get('MIMSTUDY_PROGRESS') != 'lines':
-            shape = '{percentage:3.0f} % {bar:6} {desc}'
+            shape = '{percentage:3.0f} % {desc}'
             columns = get_terminal_size().columns
             self.bar = tqdm(total=rows, file=self.file, bar_format=shape, ncols=columns, leave=False)
 

@@ -16,6 +16,7 @@ from mimstudy.cli.options import repeat_flags
 from mimstudy.cli.summaries import summary, typed_path
 from mimstudy.papers.experiments import experiment
 from mimstudy.papers.tables import SEMANTICMIM_T1, TABLES
+from mimstudy.study import scheduler
 from mimstudy.study.plan import plan
 from mimstudy.study.records import RecordStore, record
 
@@ -264,6 +265,7 @@ def test_a_record_outside_its_range_fails_the_check(tmp_path, monkeypatch):
     for seed, score in enumerate((30.0, 32.0, 31.0)):
         store.add(invented_record('semanticmim-t1/beit', seed, linear_best_prefix=score))
     monkeypatch.setenv('MIMSTUDY_RESULTS', str(tmp_path))
+    monkeypatch.setenv('MIMSTUDY_PUBLISHED', str(tmp_path))
     assert_one_line_error(mimstudy('check'), 'mimstudy check --update writes it')
     assert mimstudy('check --update').stdout.endswith('expectations.json: 1 ranges\n')
     assert mimstudy('check').exit_code == 0
@@ -274,18 +276,24 @@ def test_a_record_outside_its_range_fails_the_check(tmp_path, monkeypatch):
     assert '3 scores within their ranges, 1 outside' in done.stdout
 
 
-def test_every_failed_row_is_named(tmp_path, monkeypatch):
+def test_a_dataset_without_images_is_refused_before_anything_starts(tmp_path, monkeypatch):
     (tmp_path / 'empty').mkdir()
     monkeypatch.setenv('MIMSTUDY_DATA_EMPTY', str(tmp_path / 'empty'))
     words = 'run semanticmim-t1 --rows pixels random --scale smoke --data empty --jobs 2'
     done = mimstudy(words, '--results', tmp_path / 'out')
+    assert done.exit_code == 2
+    assert 'Traceback' not in done.output
+    assert not (tmp_path / 'out' / 'runs').exists()
+
+
+def test_every_failed_row_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(scheduler, 'run_row', lambda experiment, run: 'the disk is full')
+    words = 'run semanticmim-t1 --rows pixels random --scale smoke --jobs 2'
+    done = mimstudy(words, '--results', tmp_path / 'out')
     assert done.exit_code == 1
     assert '2 of 2 rows failed; the same command tries them again' in done.stderr
-    assert 'Traceback' not in done.output
-    assert 'StudyError' not in done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
-    names = sorted(line.split(' seed 0: ')[0] for line in errors)
-    assert names == ['error: pixels', 'error: random']
+    errors = sorted(line for line in done.stderr.splitlines() if line.startswith('error: '))
+    assert errors == [f'error: {row} seed 0: the disk is full' for row in ('pixels', 'random')]
 
 
 # -- the records that git tracks, and free play ---------------------------------------------------
@@ -332,7 +340,8 @@ def test_free_play_is_not_what_is_declared(tmp_path):
     (tmp_path / 'scores').mkdir()
     RecordStore(tmp_path).add(invented_record('semanticmim-t1/pixels', scale='smoke'))
     done = mimstudy(words, '--results', tmp_path)
-    assert done.stderr.strip() == 'semanticmim-t1 at smoke scale on scenes with epochs=1, size=16: 2 missing'
+    heading = 'semanticmim-t1 at smoke scale on scenes with epochs=1, size=16: 2 missing'
+    assert done.stderr.splitlines()[0] == heading
     assert mimstudy('run semanticmim-t1 --epochs 0').exit_code == 2
     assert_one_line_error(mimstudy('run semanticmim-t1 --size 30 --scale smoke'), 'do not tile images')
 
@@ -356,9 +365,9 @@ def test_a_table_of_your_own_is_known_to_status_and_report(tmp_path, monkeypatch
 
 OWN_TABLE = """
 from mimstudy.papers.table_classes import Row, Table
-from mimstudy.papers.tables import T1_COLUMNS
+from mimstudy.papers.tables import ALL_COLUMNS
 
-MINE = Table('my-table', 'Mine', 'nowhere', T1_COLUMNS[:2], (Row('raw', 'raw', 'beit', features='pixels'),))
+MINE = Table('my-table', 'Mine', 'nowhere', ALL_COLUMNS[:2], (Row('raw', 'raw', 'beit', features='pixels'),))
 """
 
 
@@ -370,7 +379,9 @@ def test_help_has_whole_lines_of_80_columns(words):
     done = CliRunner(env=dict(COLUMNS='80')).invoke(app, [*words.split(), '-h'])
     assert done.exit_code == 0
     assert max(map(len, done.stdout.splitlines())) <= 80
-    assert '...' not in done.stdout.partition('\n')[2].replace('names...', '').replace('{names}...', '')
+    assert '...' not in done.stdout.partition('\n')[2].replace('names...', '').replace(
+        '{names}...', ''
+    ).replace('[NAME]...', '')
 
 
 # -- speed of the first answer ------------------------------------------------------------------
