@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_COLUMNS', 'MIN_SIDE', 'show_images', 'show_masked', 'cover_hidden', 'show_labels', 'show_heatmaps', 'show_curves',
-           'add_references', 'legend_beside', 'show_bars']
+           'add_references', 'show_bars']
 
 # %% ../../nbs/core/40_plotting.ipynb #a12f2514
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.colors import Normalize, to_rgb
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .figure_style import DPI, GREY, PALETTE, WIDTH, NotebookFigure, new_axes
+from .figure_style import legend_beside as legend_beside
 from .figure_style import PAGE_DPI as PAGE_DPI  # so that it can be imported from here, too
 
 # %% ../../nbs/core/40_plotting.ipynb #5b1e7c0c
@@ -216,16 +216,6 @@ def add_references(
     "Dashed horizontal lines that the legend names."
     for (name, value), style in zip(references.items(), ('--', ':', '-.') * len(references)):
         panel.axhline(value, color=GREY, linestyle=style, linewidth=1.4, label=name)
-
-
-def legend_beside(
-    figure: Figure,
-    panel,  # the axes whose series are named
-) -> None:
-    "A legend to the right of the data, where there is more than one series."
-    handles, names = panel.get_legend_handles_labels()
-    if len(names) > 1:
-        figure.legend(handles, names, loc='outside right center', frameon=False)
 
 # %% ../../nbs/core/40_plotting.ipynb #841e914b
 def show_bars(

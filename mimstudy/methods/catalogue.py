@@ -9,6 +9,7 @@ __all__ = ['MIM_METHODS', 'OTHER_METHODS', 'METHODS', 'DATA_ARGUMENTS', 'constru
 # %% ../../nbs/methods/catalogue.ipynb #31b60e64
 import ast
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,8 +49,9 @@ def constructor(
     return semanticmim(method)
 
 # %% ../../nbs/methods/catalogue.ipynb #78be66e9
+@cache
 def _definition(name):
-    "The syntax tree of a constructor, from the source of its module."
+    "The syntax tree of a constructor, from the source of its module, which is read once."
     module, _ = _split(name)
     source = Path(find_spec(f'mimstudy.methods.{module}').origin).read_text('utf-8')
     functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]

@@ -21,7 +21,7 @@ from ..engine.files import write_atomic
 from ..papers.experiments import slug, table_experiment
 from .figures import available_encoders
 from .measures import AGREES, CANNOT_TELL, DISAGREES, METHODS, MeasureFinding, finding_text
-from ..core.plotting import PAGE_DPI
+from ..core.figure_style import PAGE_DPI
 from ..study.records import RecordStore
 
 # %% ../../nbs/report/39_encoder_figures.ipynb #f2b5c92b

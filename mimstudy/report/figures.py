@@ -8,6 +8,7 @@ __all__ = ['TOKEN_NAMES', 'OFFSET', 'REFERENCES', 'VARIANTS', 'blocks_figure', '
 
 # %% ../../nbs/report/30_figures.ipynb #bbd70a32
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 
 from ..core.errors import StudyError
 from ..core.settings import settings
-from ..core.plotting import GREY, PAGE_DPI, PALETTE, WIDTH, legend_beside, new_axes
+from ..core.figure_style import GREY, PAGE_DPI, PALETTE, WIDTH, legend_beside, new_axes
 from ..engine.files import write_atomic
 from ..papers.experiments import slug, table_experiment
 from ..papers.table_classes import Table
@@ -161,10 +162,10 @@ def available_encoders(
         if row.features != 'trained' or not (row.name in rows if rows else row.paper):
             continue
         one = table_experiment(table, row.name, scale, dataset, seed)
-        try:
-            found[row.label] = store.encoder(one.train_id)
-        except StudyError:
+        if not store.encoder_file(one.train_id).is_file():  # before PyTorch is imported
             continue
+        with suppress(StudyError):  # a file that is no encoder
+            found[row.label] = store.encoder(one.train_id)
     return found
 
 

@@ -7,6 +7,7 @@ __all__ = ['LEVEL', 'NEGLIGIBLE', 'Estimate', 'estimate', 'holm_levels', 'binomi
 
 # %% ../../nbs/report/10_statistics.ipynb #52bba74f
 from collections.abc import Sequence
+from dataclasses import replace
 from math import hypot, sqrt
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -120,11 +121,11 @@ class TableRecords(NamedTuple):
         "The scores of a cell, one for each seed."
         key = column.key(self.scale, row.features)
         found = {}
-        for (name, seed, protocol), one in sorted(self.records.items()):
+        for (name, seed, protocol), one in self.records.items():
             if name == row.name and protocol == column.protocol and key in one['scores']:
                 score = one['scores'][key]
                 found[seed] = score, binomial_error(score, one['n_val'])
-        return found
+        return dict(sorted(found.items()))
 
     def score(self, row: Row, column: Column) -> Estimate | None:
         "The score of a cell over all its seeds; None if it was not run."
@@ -171,10 +172,11 @@ def table_records(
     for one in store.find(table=table.name, scale=scale, dataset=dataset):
         current = one['row'] in rows and one['protocol'] in table.protocols
         if current:
-            key = one['row'], one['seed']
-            if key not in declared:  # a row has several records, one for each protocol
-                declared[key] = table_experiment(table, one['row'], scale, dataset, one['seed'])
-            current = declared[key].record_id(one['protocol']) == one['id']
+            name = one['row']
+            if name not in declared:  # a row has several records, one for each seed and protocol
+                declared[name] = table_experiment(table, name, scale, dataset)
+            expected = replace(declared[name], seed=one['seed'])
+            current = expected.record_id(one['protocol']) == one['id']
         if current:
             kept[one['row'], one['seed'], one['protocol']] = one
         else:

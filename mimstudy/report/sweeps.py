@@ -8,7 +8,7 @@ __all__ = ['LONG_AXIS', 'paper_curves', 'measured_curves', 'sweep_figure']
 # %% ../../nbs/report/28_sweeps.ipynb #7defc597
 from matplotlib.figure import Figure
 
-from ..core.plotting import GREY, PALETTE, WIDTH, legend_beside, new_axes
+from ..core.figure_style import GREY, PALETTE, WIDTH, legend_beside, new_axes
 from ..papers.table_classes import Column, Table
 from .comparisons import measured_columns
 from .statistics import Estimate, TableRecords

@@ -150,3 +150,10 @@ def test_a_page_is_stale_when_a_record_changes_or_goes(store, tmp_path):
     write_tables(copy)
     (tmp_path / 'tables' / 'semanticmim-t9-laptop-scenes.md').write_text('of another time')
     assert [file.name for file in stale_pages(copy)] == ['semanticmim-t9-laptop-scenes.md']
+
+
+def test_latex_shows_a_dataset_name_as_text(records):
+    "A name of a dataset comes from a file: no command of LaTeX is left in it."
+    text = table_latex(T1, records._replace(dataset=r'x\input{a_b}$&#~^%'))
+    escaped = r'x\textbackslash{}input\{a\_b\}\$\&\#\textasciitilde{}\textasciicircum{}\%'
+    assert escaped in text and r'\input' not in text

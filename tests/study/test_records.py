@@ -15,12 +15,14 @@ from mimstudy.core.errors import StudyError
 from mimstudy.engine.files import write_atomic
 from mimstudy.papers.experiments import experiment
 from mimstudy.papers.tables import TABLES
-from mimstudy.report.pages import write_tables
+from mimstudy.report.pages import page_texts, write_tables
 from mimstudy.study import records
 from mimstudy.study.build import build_encoder
 from mimstudy.study.encoder_files import save_encoder
 from mimstudy.study.records import FIELDS, RecordStore, read_record
 from mimstudy.study.records import record as new_record
+from mimstudy.study.estimate import estimate_run
+from mimstudy.study.plan import plan
 from mimstudy.study.score_frame import score_frame
 
 RESULTS = Path(__file__).resolve().parents[2] / 'results'
@@ -79,7 +81,7 @@ def test_an_incomplete_record_is_refused(tmp_path):
     store = RecordStore(tmp_path)
     with pytest.raises(StudyError, match='a record needs schema, experiment, train'):
         store.add(dict(id='x'))
-    with pytest.raises(ValueError):
+    with pytest.raises(StudyError, match='its scores are not numbers'):
         store.add(invented_record('semanticmim-t1/beit', linear_1_patch=math.nan))
     assert not store.find()
 
@@ -168,6 +170,16 @@ def hostile(**values):
         (dict(table=['semanticmim-t1']), 'its table is not a plain name'),
         (dict(scores={'linear/1/patch': 'much'}), 'its scores are not numbers'),
         (dict(scores=[1]), 'its scores are not numbers'),
+        (dict(scores={'linear/1/patch': float('nan')}), 'its scores are not numbers'),
+        (dict(scores={'nonsense': 1.0}), 'its scores are not named'),
+        (dict(scale='huge'), 'unknown scale "huge"'),
+        (dict(n_val='many'), 'its n_val is not a number'),
+        (dict(n_val=None), 'its n_val is not a number'),
+        (dict(images_seen=['a']), 'its images_seen is not a number'),
+        (dict(seconds={}), 'its seconds is not a number'),
+        (dict(seed='0'), 'its seed is not a number'),
+        (dict(id='../../outside'), 'its id is not the name of a file'),
+        (dict(train='a/b'), 'its train is not the name of a file'),
     ],
 )
 def test_what_a_file_holds_is_not_trusted(tmp_path, capsys, values, message):
@@ -179,6 +191,20 @@ def test_what_a_file_holds_is_not_trusted(tmp_path, capsys, values, message):
     assert score_frame(store.find()).empty
     errors = capsys.readouterr().err
     assert errors.count('\n') == 1 and message in errors, 'said once'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('field', FIELDS)
+def test_no_value_of_a_field_stops_a_report(tmp_path, field):
+    "A record with an odd value is left out, or the value does not matter."
+    odd = (None, 3, -1, 'x', '../x', [], ['a'], {}, {'a': []}, True, math.inf)
+    (tmp_path / 'scores').mkdir()
+    for value in odd:
+        text = json.dumps(hostile(**{field: value}))
+        (tmp_path / 'scores' / 'x.json').write_text(text)
+        store = RecordStore(tmp_path)
+        page_texts(store)
+        estimate_run(plan('semanticmim-t1', store=store), store.find())
 
 
 def test_a_dataset_name_is_no_path(tmp_path):
