@@ -238,7 +238,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mimstudy.cli.figures': { 'mimstudy.cli.figures._measure': ('cli/figures.html#_measure', 'mimstudy/cli/figures.py'),
                                       'mimstudy.cli.figures.figures': ('cli/figures.html#figures', 'mimstudy/cli/figures.py')},
             'mimstudy.cli.listing': { 'mimstudy.cli.listing._datasets': ('cli/listing.html#_datasets', 'mimstudy/cli/listing.py'),
-                                      'mimstudy.cli.listing._figures': ('cli/listing.html#_figures', 'mimstudy/cli/listing.py'),
                                       'mimstudy.cli.listing._methods': ('cli/listing.html#_methods', 'mimstudy/cli/listing.py'),
                                       'mimstudy.cli.listing._rows': ('cli/listing.html#_rows', 'mimstudy/cli/listing.py'),
                                       'mimstudy.cli.listing._scales': ('cli/listing.html#_scales', 'mimstudy/cli/listing.py'),

@@ -32,7 +32,8 @@ def _measure(store, scale, data):
 
 def figures(
     names: Annotated[
-        list[str], typer.Argument(help='mimstudy list figures', metavar='[NAME]...', show_default='all')
+        list[str],
+        typer.Argument(help='figures, such as semanticmim-fig7', metavar='NAMES', show_default='all'),
     ] = None,
     scale: Scale = 'laptop',
     data: Data = 'scenes',

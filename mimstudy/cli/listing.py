@@ -47,20 +47,7 @@ def _scales():
     return [f'{name:24} {scale.claim}' for name, scale in SCALES.items()]
 
 
-def _figures():
-    from mimstudy.report.encoder_figures import PAPER_FIGURES
-
-    return [f'{one.name:24} {one.source}: {one.shows}' for one in PAPER_FIGURES.values()]
-
-
-LISTS = dict(
-    tables=_tables,
-    rows=_rows,
-    methods=_methods,
-    data=_datasets,
-    scales=_scales,
-    figures=_figures,
-)
+LISTS = dict(tables=_tables, rows=_rows, methods=_methods, data=_datasets, scales=_scales)
 
 
 def list_lines(

@@ -15,6 +15,7 @@ from mimstudy.analysis.segments import (
     patch_segments,
     preference,
     segment_measures,
+    segment_queries,
 )
 from mimstudy.core.errors import StudyError
 from mimstudy.core.scenes import BACKGROUNDS, REGIONS, scenes
@@ -166,3 +167,17 @@ def test_cosines_agree_with_pairs():
     features = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(5))
     slow = torch.cosine_similarity(features[:, :, None], features[:, None], dim=-1)
     assert_close(cosine_similarity(features), slow)
+
+
+def test_queries_are_the_middles_of_the_largest_segments():
+    halves = torch.zeros(5, 5, dtype=torch.long)
+    halves[:, 4] = 1
+    assert segment_queries(halves.flatten(), (5, 5), 2)[1] == 14
+    assert segment_queries(torch.zeros(25, dtype=torch.long), (5, 5), 4) == [12]
+
+
+def test_queries_lie_on_their_segments(segments):
+    for of_image in segments:
+        queries = segment_queries(of_image, GRID, 3)
+        by_size = of_image.bincount().argsort(descending=True, stable=True)[: len(queries)]
+        assert of_image[queries].tolist() == by_size.tolist()
