@@ -19,7 +19,8 @@ from ..papers.tables import TABLES
 from .claims import claims_page, page_name
 from .encoder_figures import figures_page
 from .figures import figure_folder
-from .measures import measure_findings, measures_csv, measures_page, read_measures
+from .measure_pages import measures_csv, measures_page
+from .measures import measure_findings, read_measures
 from .frames import render_records, table_csv, table_html, table_latex
 from .statistics import TableRecords, table_records
 from .sentences import all_sentences, answer, correction_sentence

@@ -188,10 +188,8 @@ class RecordStore:
 
     def encoder_file(self, train_id: str) -> Path:
         "The weights of a finished pre-training, of its run or published; it exists if there are any."
-        folders = [self.run_folder(train_id), self.root / 'encoders' / train_id]
-        if self.published:
-            folders.append(self.published.root / 'encoders' / train_id)
-        files = [folder / 'encoder.safetensors' for folder in folders]
+        places = [self.root / 'runs', *(s.root / 'encoders' for s in (self, self.published) if s)]
+        files = [place / train_id / 'encoder.safetensors' for place in places]
         return next((file for file in files if file.is_file()), files[0])
 
     def encoder(self, train_id: str) -> 'Encoder':
@@ -209,12 +207,8 @@ class RecordStore:
         own = [r for r in self.find(table=table) if self._record(self._file(r['id']))]
         return [to.add(r) for r in own]
 
-    def publish_encoder(
-        self,
-        train_id: str,  # of a finished pre-training in this folder
-        to: 'RecordStore',  # the folder that git tracks
-    ) -> Path:  # the file of weights
-        "Copy the encoder of a pre-training, in half precision."
+    def publish_encoder(self, train_id: str, to: 'RecordStore') -> Path:  # the file of weights
+        "Copy the encoder of a finished pre-training of this folder to that which git tracks, as float16."
         import torch
 
         from mimstudy.study.encoder_files import load_encoder, save_encoder

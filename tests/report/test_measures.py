@@ -6,16 +6,14 @@ from pathlib import Path
 import pytest
 
 import mimstudy.analysis.measures
+from mimstudy.report.measure_pages import GROUPS, measures_csv, measures_page
 from mimstudy.report.measures import (
-    GROUPS,
     MEASURE_CLAIMS,
     METHODS,
     Measured,
     MeasureClaim,
     find_measures,
     measure_findings,
-    measures_csv,
-    measures_page,
     publish_measures,
     read_measures,
     save_measures,
