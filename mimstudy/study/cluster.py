@@ -53,12 +53,12 @@ class Submitted(NamedTuple):
 
 def _executor(folder, cluster, hours):
     "A submitit executor; a `StudyError` if something is missing or a parameter is unknown."
+    if cluster == 'slurm' and not shutil.which('sbatch'):
+        raise StudyError('there is no sbatch here, so this is no SLURM cluster; leave --executor out')
     try:
         from submitit import AutoExecutor
     except ImportError:
         raise StudyError('jobs of a cluster need submitit: pip install "mimstudy[slurm]"') from None
-    if cluster == 'slurm' and not shutil.which('sbatch'):
-        raise StudyError('there is no sbatch here, so this is no SLURM cluster; leave --executor out')
     executor = AutoExecutor(folder=folder, cluster=cluster)
     try:
         executor.update_parameters(timeout_min=max(1, round(60 * hours)), **settings().slurm)

@@ -18,7 +18,7 @@ from ..engine.files import is_finished, is_resumable
 from ..engine.training_log import read_log
 from ..papers.experiments import Experiment, experiment, slug, table_experiment
 from ..papers.own_tables import find_table, read_change
-from ..papers.table_classes import Table
+from ..papers.table_classes import PROBES, Table
 from .changed_images import is_changed
 from .records import RecordStore
 
@@ -107,9 +107,9 @@ def row_folder(
     experiment: Experiment,
     store: RecordStore,
 ) -> Path:
-    "The folder of an executed notebook; other protocols than the table's probes get their own."
+    "The folder of an executed notebook; protocols that train further get their own."
     name = experiment.id
-    if experiment.protocols != find_table(experiment.file or experiment.table).probes:
+    if not set(experiment.protocols) <= set(PROBES):
         name += f'-{slug(" ".join(experiment.protocols))}'
     return store.root / 'runs' / name
 
