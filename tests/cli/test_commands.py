@@ -420,9 +420,10 @@ for words, code in json.loads(sys.argv[1]):
 '''
 
 
-def test_what_only_looks_names_up_imports_no_torch():
+def test_what_only_looks_names_up_imports_no_torch(tmp_path):
     command = [sys.executable, '-c', WITHOUT_TORCH, json.dumps(LOOKED_UP)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    env = os.environ | dict(MIMSTUDY_RESULTS=str(tmp_path))  # runs that can be resumed have a log to read
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
 
 
