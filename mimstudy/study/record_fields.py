@@ -104,8 +104,11 @@ def check_record(
     if not all(MEASURE.fullmatch(name) for name in scores):
         raise StudyError('its scores are not named PROTOCOL/BLOCK/TOKEN')
     for name in NUMBERS:
-        if not (_is_number(values[name]) or (values[name] is None and name in UNKNOWN)):
-            raise StudyError(f'its {name} is not a number: {str(values[name])[:60]!r}')
+        number = values[name]
+        if number is None and name in UNKNOWN:
+            continue
+        if not _is_number(number) or (number < 0 and name != 'constant_loss'):
+            raise StudyError(f'its {name} is not a number from 0 on: {str(number)[:60]!r}')
 
 
 def _is_number(value):
